@@ -1,0 +1,280 @@
+"""The training step equals the recorded original: pilots, attention masks, predictions, assignments, losses and gradients.
+
+Each recorded step is run once, with the fixed random points, and looked at by several tests. `README.md` explains the
+variants and tolerances.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from mpformer_hf import mask_losses
+from tests.parity.golden_cases import (
+    CASES,
+    GoldenCase,
+    SeenByDecoder,
+    build_model,
+    fixed_random_points,
+    load_case,
+    our_loss_name,
+    our_names,
+    recorded_results,
+    training_inputs,
+    watch_decoder,
+)
+
+LOSS_RTOL = 1e-4
+GRADIENT_RTOL, GRADIENT_ATOL = 2e-3, 1e-5
+NUM_SEEDS = 12
+
+
+def recorded_steps() -> list[tuple[str, str]]:
+    """(case, variant) of every training step that the original could do."""
+    variants = [(name, variant, facts) for name in CASES for variant, facts in load_case(name).meta["variants"].items()]
+    return [(name, variant) for name, variant, facts in variants if "error" not in facts]
+
+
+def has_pilots(name: str, variant: str) -> bool:
+    return f"{variant}.mp.queries" in load_case(name).train
+
+
+each_step = pytest.mark.parametrize(("name", "variant"), recorded_steps())
+each_piloted_step = pytest.mark.parametrize(
+    ("name", "variant"), [step for step in recorded_steps() if has_pilots(*step)]
+)
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """One training step of our model, forward and backward.
+
+    Attributes:
+        case: the recorded case.
+        facts: recorded numbers of the variant.
+        output: of the model.
+        seen: by the decoder layers.
+        matched: per image, the costs (levels, queries, segments) and the assignment made from them.
+        gradients: by our parameter names; `None` for a parameter outside of the graph.
+    """
+
+    case: GoldenCase
+    facts: dict[str, Any]
+    output: Any
+    seen: SeenByDecoder
+    matched: list[tuple[np.ndarray, Any]]
+    gradients: dict[str, Tensor | None]
+
+    @property
+    def num_slots(self) -> int:
+        """P, pilot slots before the matched queries."""
+        return self.seen.queries.shape[1] - self.output.class_queries_logits.shape[1]
+
+    def levels(self, prefix: str, kind: str) -> list[Tensor]:
+        """Logits of all levels; `prefix` is "" or "pilot_", `kind` "class" or "masks"."""
+        field = f"{kind}_queries_logits"
+        earlier = [level[field] for level in getattr(self.output, f"{prefix}auxiliary_logits")]
+        return [*earlier, getattr(self.output, f"{prefix}{field}")]
+
+
+@cache
+def train(name: str, variant: str) -> TrainingStep:
+    case = load_case(name)
+    facts = case.meta["variants"][variant]
+    model = build_model(case, facts["num_dn"] or 0).train()
+    matched = []
+    with (
+        fixed_random_points(case.train["fixed_points"]),
+        watch_decoder(model) as seen,
+        recorded_results(mask_losses, "assign", lambda result, costs: matched.append((costs, result))),
+    ):
+        output = model(**training_inputs(case, variant), output_auxiliary_logits=True, output_hidden_states=True)
+    output.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    return TrainingStep(case, facts, output, seen, matched, gradients)
+
+
+# --- the mask-piloted part -----------------------------------------------------------------------------------------------------
+
+
+@each_piloted_step
+def test_pilot_queries_are_bit_equal_to_those_of_the_original(name, variant):
+    step = train(name, variant)
+    expected = step.case.train[f"{variant}.mp.queries"]
+    assert expected.shape[1] == step.facts["groups"] * step.facts["max_num"]
+    assert torch.equal(step.seen.queries[:, : step.num_slots], expected)
+
+
+@each_piloted_step
+def test_self_attention_mask_is_bit_equal_to_that_of_the_original_in_every_layer(name, variant):
+    step = train(name, variant)
+    expected = step.case.train[f"{variant}.self_attn_mask"]
+    assert len(step.seen.self_attention_masks) == step.case.num_levels - 1
+    for mask in step.seen.self_attention_masks:
+        assert torch.equal(mask.expand(1, 1, *expected.shape)[0, 0], expected)
+
+
+@each_piloted_step
+def test_cross_attention_masks_of_pilots_are_bit_equal_to_those_of_the_original(name, variant):
+    step = train(name, variant)
+    expected = step.case.train_levels(variant, "mp.cross_attn_mask")
+    assert len(step.seen.cross_attention_masks) == len(expected) == step.case.num_levels - 1
+    for layer, (ours, theirs) in enumerate(zip(step.seen.cross_attention_masks, expected, strict=True)):
+        assert torch.equal(ours[:, 0, : step.num_slots], theirs), f"layer {layer}"
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [step for step in recorded_steps() if load_case(step[0]).train_levels(step[1], "mp.pred_logits")],
+)
+def test_pilot_predictions_of_every_level_are_those_of_the_original(name, variant):
+    step = train(name, variant)
+    stride, tolerance = step.case.meta["mask_stride"], step.case.tolerance
+    class_logits = step.case.train_levels(variant, "mp.pred_logits")
+    mask_logits = step.case.train_levels(variant, "mp.pred_masks")
+    assert len(class_logits) == len(mask_logits) == step.case.num_levels
+    assert_close(step.levels("pilot_", "class"), class_logits, rtol=0, atol=tolerance.class_logits)
+    masks = [level[..., ::stride, ::stride] for level in step.levels("pilot_", "masks")]
+    assert_close(masks, mask_logits, rtol=0, atol=tolerance.mask_logits)
+
+
+# --- the matched part ----------------------------------------------------------------------------------------------------------
+
+
+@each_step
+def test_matched_part_is_that_of_the_original_whatever_the_targets(name, variant):
+    """The original's matched part does not depend on the targets, so it was recorded in the first variant alone."""
+    step = train(name, variant)
+    first = next(iter(step.case.meta["variants"]))
+    tolerance, mask_stride = step.case.tolerance, step.case.meta["mask_stride"]
+    feature_stride = step.case.meta["feature_stride"]
+
+    features = step.output.pixel_decoder_last_hidden_state[..., ::feature_stride, ::feature_stride]
+    assert_close(features, step.case.train[f"{first}.mask_features"], rtol=0, atol=tolerance.features)
+    class_logits = step.case.train_levels(first, "pred_logits")
+    assert_close(step.levels("", "class"), class_logits, rtol=0, atol=tolerance.class_logits)
+    masks = [level[..., ::mask_stride, ::mask_stride] for level in step.levels("", "masks")]
+    assert_close(masks, step.case.train_levels(first, "pred_masks"), rtol=0, atol=tolerance.mask_logits)
+
+
+@each_step
+def test_cross_attention_masks_of_matched_queries_are_bit_equal_to_those_of_the_original(name, variant):
+    step = train(name, variant)
+    expected = step.case.train_levels(next(iter(step.case.meta["variants"])), "cross_attn_mask")
+    assert len(step.seen.cross_attention_masks) == len(expected) == step.case.num_levels - 1
+    for layer, (ours, theirs) in enumerate(zip(step.seen.cross_attention_masks, expected, strict=True)):
+        assert torch.equal(ours[:, 0, step.num_slots :], theirs), f"layer {layer}"
+
+
+# --- losses with the fixed points ------------------------------------------------------------------------------------------------
+
+
+@each_step
+def test_assignments_are_those_of_the_original_or_cost_the_same(name, variant):
+    step = train(name, variant)
+    assert len(step.matched) == len(step.facts["n_instances"])
+    for image, (costs, assignment) in enumerate(step.matched):
+        for level, expected in enumerate(pairs[image] for pairs in step.facts["matches"]):
+            chosen = assignment.level == level
+            ours = list(zip(assignment.query[chosen], assignment.target[chosen], strict=True))
+            assert len(ours) == len(expected)
+            if {(query, target) for query, target in expected} != set(ours):
+                totals = [sum(costs[level, query, target] for query, target in pairs) for pairs in (ours, expected)]
+                assert totals[0] == pytest.approx(totals[1], rel=1e-5), f"image {image}, level {level}"
+
+
+@each_step
+def test_every_loss_term_is_that_of_the_original(name, variant):
+    step = train(name, variant)
+    weights = step.case.meta["loss_weights"]
+    expected = {our_loss_name(key): weights[key] * value for key, value in step.facts["losses"].items()}
+    terms = {key: value.item() for key, value in step.output.loss_dict.items()}
+    if variant == "dn0":  # the original reports the terms of the missing part as zeros; ours has none
+        expected = {key: value for key, value in expected.items() if "pilot" not in key or value}
+    assert terms == {key: pytest.approx(value, rel=LOSS_RTOL, abs=1e-12) for key, value in expected.items()}
+
+
+@each_step
+def test_total_loss_is_that_of_the_original_and_the_sum_of_its_terms(name, variant):
+    step = train(name, variant)
+    assert step.output.loss.item() == pytest.approx(step.facts["total"], rel=LOSS_RTOL)
+    assert sum(step.output.loss_dict.values()).item() == pytest.approx(step.output.loss.item(), rel=1e-6)
+
+
+@each_step
+def test_every_gradient_norm_is_that_of_the_original(name, variant):
+    """Also says that every parameter that the original trains is in our graph, with a gradient of zero at least."""
+    step = train(name, variant)
+    expected = step.case.grad_norms(variant)
+    ours = {original: joined_norm(step.gradients, our_names(original)) for original in expected}
+    if variant == "dn0":  # the original keeps its label embedding without piloting, with a gradient of zero
+        assert expected.pop("sem_seg_head.predictor.label_enc.weight") == 0
+        assert ours.pop("sem_seg_head.predictor.label_enc.weight") is None
+    assert len(expected) > 150
+    approximately = {key: pytest.approx(norm, rel=GRADIENT_RTOL, abs=GRADIENT_ATOL) for key, norm in expected.items()}
+    assert ours == approximately
+
+
+def joined_norm(gradients: dict[str, Tensor | None], names: list[str]) -> float | None:
+    """Norm of the gradients of several parameters as one vector; `None` when one of them has none."""
+    parts = [gradients.get(name) for name in names]
+    if any(part is None for part in parts):
+        return None
+    return torch.cat([part.flatten() for part in parts]).norm().item()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "dn100_allempty" in load_case(name).meta["variants"]])
+def test_query_budget_without_any_segment_trains_where_the_original_crashes(name):
+    """It is a step without piloting, so it equals the one with a fixed number of groups, which the original can do."""
+    case = load_case(name)
+    assert "ZeroDivisionError" in case.meta["variants"]["dn100_allempty"]["error"]
+    model = build_model(case, num_dn=100).train()
+    with fixed_random_points(case.train["fixed_points"]):
+        loss = model(**training_inputs(case, "dn100_allempty")).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(case.meta["variants"]["dn1_allempty"]["total"], rel=LOSS_RTOL)
+    assert all(parameter.grad is not None for parameter in model.class_predictor.parameters())
+
+
+# --- losses with random points ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"), [step for step in recorded_steps() if "seeds" in load_case(step[0]).meta["variants"][step[1]]]
+)
+def test_mean_losses_over_random_points_are_those_of_the_original(name, variant):
+    """Within three standard errors of the difference of the two means.
+
+    A single draw spreads as the original's do, so our mean over n seeds has the recorded standard error times sqrt(64 / n).
+    """
+    case = load_case(name)
+    facts = case.meta["variants"][variant]
+    model = build_model(case, facts["num_dn"] or 0).train()
+    inputs = training_inputs(case, variant)
+    draws = [draw_losses(model, inputs, seed) for seed in range(NUM_SEEDS)]
+    ours = {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
+
+    weights = case.meta["loss_weights"]
+    recorded = {
+        our_loss_name(key): (weights[key] * mean, weights[key] * error)
+        for key, (mean, error) in facts["seeds"]["losses"].items()
+    } | {"total": tuple(facts["seeds"]["total"])}
+    widening = (1 + case.meta["num_seeds"] / NUM_SEEDS) ** 0.5
+    # Terms without random points have no spread; there the rounding of the fixed comparison decides.
+    assert ours == {
+        key: pytest.approx(mean, abs=3 * widening * error + LOSS_RTOL * abs(mean))
+        for key, (mean, error) in recorded.items()
+    }
+
+
+@torch.no_grad()
+def draw_losses(model: torch.nn.Module, inputs: dict[str, Any], seed: int) -> dict[str, float]:
+    """Loss terms and their total with fresh random points."""
+    torch.manual_seed(seed)
+    output = model(**inputs)
+    return {key: value.item() for key, value in output.loss_dict.items()} | {"total": output.loss.item()}

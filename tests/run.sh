@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Sets up everything that is needed, then checks style, types and tests. Arguments go to pytest:
+#
+#   bash tests/run.sh                          everything
+#   bash tests/run.sh -m "not slow" tests/unit    less of the tests
+#
+# Every stage runs, whatever became of the one before. VENV and PYTHON: see scripts/setup_environment.sh.
+set -euo pipefail
+
+source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup_environment.sh"
+setup_environment dev
+
+failed=""
+
+run_stage() {
+    local name=$1
+    shift
+    printf '\n== %s: %s\n' "$name" "$*"
+    "$@" || failed="$failed $name"
+}
+
+run_stage style ruff check .
+run_stage format ruff format --check .
+run_stage types mypy
+run_stage tests python -m pytest --durations=15 "$@"
+
+echo
+if [ -n "$failed" ]; then
+    echo "Failed:$failed" >&2
+    exit 1
+fi
+echo "Style, format, types and tests are in order."

@@ -1,0 +1,532 @@
+"""Results against a plain implementation of the definition, and against what a perfect predictor must give.
+
+A perfect predictor's mask logits are signed distances to the border of each object, sampled at 1/4: positive inside. Bilinear
+resizing of a distance is exact along straight borders.
+"""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mpformer_hf import mask_post_processing
+from mpformer_hf.mask_post_processing import (
+    InstancePrediction,
+    instance_map,
+    instance_segmentation,
+    mask_boxes,
+    panoptic_segmentation,
+    semantic_segmentation,
+)
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the padded image; edges, not centres
+
+PADDED = (64, 96)
+VALID = (50, 90)
+TARGET = (75, 101)
+NUM_CLASSES = 5
+SHARPNESS = 8.0  # logits per pixel of distance, so that probabilities are near 0 and 1 off the border
+
+
+def distance_to_border(box: Box, height: int, width: int, step: float) -> Tensor:
+    """Signed distance of every cell's centre to the border of a box, positive inside; cells are `step` pixels wide."""
+    x1, y1, x2, y2 = box
+    x = (torch.arange(width) + 0.5) * step
+    y = ((torch.arange(height) + 0.5) * step)[:, None]
+    return torch.minimum(torch.minimum(x - x1, x2 - x), torch.minimum(y - y1, y2 - y))
+
+
+def perfect_masks(boxes: list[Box], padded: tuple[int, int]) -> Tensor:
+    """Mask logits (1, Q, h, w) of a perfect predictor."""
+    logits = [distance_to_border(box, padded[0] // 4, padded[1] // 4, 4.0) for box in boxes]
+    return SHARPNESS * torch.stack(logits)[None].clamp(-16, 16)
+
+
+def true_masks(boxes: list[Box], size: tuple[int, int], scale: float = 1.0) -> Tensor:
+    """The boxes, drawn at `size` where one pixel is `scale` pixels of the padded image."""
+    return torch.stack([distance_to_border(box, *size, scale) > 0 for box in boxes])
+
+
+def confident_classes(labels: list[int], probabilities: list[float] | None = None) -> Tensor:
+    """Class logits (1, Q, K + 1) that give each label its probability; the rest is shared."""
+    probabilities = probabilities or [0.999] * len(labels)
+    logits = torch.zeros(1, len(labels), NUM_CLASSES + 1)
+    for query, (label, probability) in enumerate(zip(labels, probabilities, strict=True)):
+        logits[0, query, label] = math.log(probability / (1 - probability) * NUM_CLASSES)
+    return logits
+
+
+def iou(first: Tensor, second: Tensor) -> float:
+    return float((first & second).sum() / (first | second).sum())
+
+
+def random_logits(num_images: int = 2, num_queries: int = 7) -> tuple[Tensor, Tensor]:
+    classes = 2 * torch.randn(num_images, num_queries, NUM_CLASSES + 1)
+    smooth = nn.functional.interpolate(torch.randn(num_images, num_queries, 5, 7), (16, 24), mode="bicubic")
+    return classes, 4 * smooth
+
+
+def resized_by_definition(masks: Tensor, valid: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """All mask logits of one image, in one piece."""
+    padded = (4 * masks.shape[-2], 4 * masks.shape[-1])
+    masks = nn.functional.interpolate(masks[None], padded, mode="bilinear", align_corners=False)
+    return nn.functional.interpolate(masks[..., : valid[0], : valid[1]], target, mode="bilinear", align_corners=False)[
+        0
+    ]
+
+
+def shares_agreeing(first: Tensor, second: Tensor) -> float:
+    return float((first == second).double().mean())
+
+
+@pytest.fixture(params=[1, 64 * 2**20], ids=["row by row", "in one piece"])
+def band_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_post_processing, "BAND_BYTES", request.param)
+
+
+SIZES = pytest.mark.parametrize(
+    ("valid", "target"),
+    [(PADDED, PADDED), (VALID, VALID), (VALID, TARGET), (VALID, (1, 1)), ((1, 1), (9, 5)), (VALID, (20, 200))],
+    ids=str,
+)
+
+
+# The definition
+
+
+@SIZES
+@pytest.mark.usefixtures("band_bytes")
+def test_semantic_scores_are_those_of_the_definition(valid: tuple[int, int], target: tuple[int, int]) -> None:
+    classes, masks = random_logits()
+    predictions = semantic_segmentation(classes, masks, [valid] * 2, [target] * 2, return_scores=True)
+    for image, prediction in enumerate(predictions):
+        probabilities = classes[image].softmax(-1)[:, :-1]
+        scores = torch.einsum(
+            "qk,qhw->khw", probabilities, resized_by_definition(masks[image], valid, target).sigmoid()
+        )
+        torch.testing.assert_close(prediction.scores, scores, atol=1e-5, rtol=0)
+        assert torch.equal(prediction.segmentation, prediction.scores.argmax(0))
+
+
+@SIZES
+@pytest.mark.usefixtures("band_bytes")
+def test_combining_first_resizes_the_class_scores(valid: tuple[int, int], target: tuple[int, int]) -> None:
+    classes, masks = random_logits()
+    predictions = semantic_segmentation(
+        classes, masks, [valid] * 2, [target] * 2, combine_before_resize=True, return_scores=True
+    )
+    for image, prediction in enumerate(predictions):
+        probabilities = classes[image].softmax(-1)[:, :-1]
+        masks_at_valid = resized_by_definition(masks[image], valid, valid)
+        scores = torch.einsum("qk,qhw->khw", probabilities, masks_at_valid.sigmoid())
+        scores = nn.functional.interpolate(scores[None], target, mode="bilinear", align_corners=False)[0]
+        torch.testing.assert_close(prediction.scores, scores, atol=1e-5, rtol=0)
+
+
+def test_semantic_scores_are_only_kept_when_asked_for() -> None:
+    assert semantic_segmentation(*random_logits())[0].scores is None
+
+
+@SIZES
+@pytest.mark.usefixtures("band_bytes")
+def test_instances_are_those_of_the_definition(valid: tuple[int, int], target: tuple[int, int]) -> None:
+    classes, masks = random_logits()
+    predictions = instance_segmentation(classes, masks, [valid] * 2, [target] * 2, top_k=12, mask_threshold=0.4)
+    for image, prediction in enumerate(predictions):
+        logits = resized_by_definition(masks[image], valid, target)
+        probabilities = classes[image].softmax(-1)[:, :-1]
+        expected = []
+        for query, label in sorted(
+            ((query, label) for query in range(7) for label in range(NUM_CLASSES)),
+            key=lambda pair: -probabilities[pair],
+        )[:12]:
+            inside = logits[query].sigmoid() > 0.4
+            mean = (logits[query].sigmoid() * inside).sum() / (inside.sum() + 1e-6)
+            expected.append((float(probabilities[query, label] * mean), label, inside))
+        expected.sort(key=lambda instance: -instance[0])
+        torch.testing.assert_close(
+            prediction.scores, torch.tensor([score for score, _, _ in expected]), atol=1e-5, rtol=0
+        )
+        assert prediction.labels.tolist() == [label for _, label, _ in expected]
+        for ours, (_, _, inside) in zip(prediction.masks, expected, strict=True):
+            assert shares_agreeing(ours, inside) > 0.999
+
+
+@SIZES
+@pytest.mark.usefixtures("band_bytes")
+def test_panoptic_maps_are_those_of_the_definition(valid: tuple[int, int], target: tuple[int, int]) -> None:
+    classes, masks = random_logits()
+    stuff, limits = {1, 3}, (0.25, 0.55, 0.3)
+    predictions = panoptic_segmentation(
+        classes,
+        masks,
+        [valid] * 2,
+        [target] * 2,
+        score_threshold=limits[0],
+        mask_threshold=limits[1],
+        overlap_mask_area_threshold=limits[2],
+        label_ids_to_fuse=stuff,
+    )
+    for image, prediction in enumerate(predictions):
+        segmentation, segments = panoptic_by_definition(
+            classes[image], resized_by_definition(masks[image], valid, target), stuff, *limits
+        )
+        assert shares_agreeing(prediction.segmentation, segmentation) > 0.999
+        assert [(one.id, one.label_id) for one in prediction.segments] == segments
+
+
+def panoptic_by_definition(
+    classes: Tensor, logits: Tensor, stuff: set[int], score: float, mask: float, overlap: float
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Detectron2's rules, a query at a time."""
+    scores, labels = classes.softmax(-1).max(-1)
+    keep = [query for query in range(len(scores)) if labels[query] < NUM_CLASSES and scores[query] > score]
+    segmentation = torch.zeros(logits.shape[1:], dtype=torch.int32)
+    segments: list[tuple[int, int]] = []
+    if not keep:
+        return segmentation, segments
+    winner = torch.stack([scores[query] * logits[query].sigmoid() for query in keep]).argmax(0)
+    fused: dict[int, int] = {}
+    for position, query in enumerate(keep):
+        own = logits[query].sigmoid() >= mask
+        pixels = (winner == position) & own
+        if not pixels.any() or (winner == position).sum() / own.sum() < overlap:
+            continue
+        label = int(labels[query])
+        if label in stuff and label in fused:
+            segmentation[pixels] = fused[label]
+            continue
+        segments.append((len(segments) + 1, label))
+        fused[label] = len(segments)
+        segmentation[pixels] = len(segments)
+    return segmentation, segments
+
+
+def test_without_target_sizes_results_have_the_valid_size() -> None:
+    classes, masks = random_logits()
+    sizes = torch.tensor([VALID, (30, 40)])
+    assert [tuple(one.segmentation.shape) for one in semantic_segmentation(classes, masks, sizes)] == [VALID, (30, 40)]
+    assert instance_segmentation(classes, masks, sizes)[1].masks.shape[1:] == (30, 40)
+    assert panoptic_segmentation(classes, masks, sizes)[1].segmentation.shape == (30, 40)
+
+
+def test_without_image_sizes_all_of_the_padded_image_is_valid() -> None:
+    classes, masks = random_logits()
+    with_sizes = semantic_segmentation(classes, masks, [PADDED] * 2, [TARGET] * 2)
+    without = semantic_segmentation(classes, masks, None, [TARGET] * 2)
+    assert all(
+        torch.equal(one.segmentation, other.segmentation) for one, other in zip(with_sizes, without, strict=True)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_every_float_type_is_computed_in_float32(dtype: torch.dtype) -> None:
+    classes, masks = (logits.to(dtype) for logits in random_logits())
+    targets = [TARGET] * 2
+    (low, *_), (full, *_) = (
+        instance_segmentation(*logits, None, targets) for logits in ((classes, masks), (classes.float(), masks.float()))
+    )
+    assert low.scores.dtype == torch.float32
+    assert torch.equal(low.masks, full.masks)
+
+
+# A perfect predictor: the promises of this package where transformers' Mask2Former breaks them
+
+
+WIDE_AND_TALL = [
+    ((256, 512), [(40.0, 60.0, 200.0, 180.0), (300.0, 20.0, 480.0, 240.0)]),
+    ((512, 256), [(20.0, 300.0, 240.0, 480.0), (60.0, 40.0, 180.0, 200.0)]),
+]
+
+
+def test_padding_is_removed_before_masks_go_to_the_target_size() -> None:
+    classes = torch.cat([confident_classes([0, 1]), confident_classes([2, 3])])
+    masks = torch.cat([perfect_masks(boxes, (512, 512)) for _, boxes in WIDE_AND_TALL])
+    sizes = [size for size, _ in WIDE_AND_TALL]
+    targets = [(2 * height, 2 * width) for height, width in sizes]
+    batch = instance_segmentation(classes, masks, sizes, targets, score_threshold=0.5)
+    panoptic = panoptic_segmentation(classes, masks, sizes, targets)
+    semantic = semantic_segmentation(classes, masks, sizes, targets, return_scores=True)
+    for image, (size, boxes) in enumerate(WIDE_AND_TALL):
+        truth = true_masks(boxes, targets[image], scale=0.5)
+        alone = (confident_classes([2 * image, 2 * image + 1]), perfect_masks(boxes, size), [size], [targets[image]])
+        (single,) = instance_segmentation(*alone, score_threshold=0.5)
+        (single_panoptic,) = panoptic_segmentation(*alone)
+        (single_semantic,) = semantic_segmentation(*alone, return_scores=True)
+        by_label = batch[image].labels.argsort()
+        for ours, one, true in zip(
+            batch[image].masks[by_label], single.masks[single.labels.argsort()], truth, strict=True
+        ):
+            assert iou(ours, true) > 0.99
+            assert iou(ours, one) > 0.99
+        for segment in panoptic[image].segments:
+            ours = panoptic[image].segmentation == segment.id
+            assert iou(ours, truth[segment.label_id - 2 * image]) > 0.99
+            assert iou(ours, single_panoptic.segmentation == segment.id) > 0.99
+        assert (
+            shares_agreeing(semantic[image].segmentation[truth.any(0)], single_semantic.segmentation[truth.any(0)]) == 1
+        )
+
+
+@pytest.mark.parametrize("top", [5.0, 6.0, 8.0])
+def test_six_pixel_lines_in_a_large_image_keep_their_shape(top: float) -> None:
+    size = (1024, 2048)
+    lines = [(64.0, top + 200 * line, 1984.0, top + 200 * line + 6) for line in range(5)]
+    (prediction,) = instance_segmentation(
+        confident_classes([0, 1, 2, 3, 4]), perfect_masks(lines, size), [size], [size], score_threshold=0.5
+    )
+    for ours, true in zip(prediction.masks[prediction.labels.argsort()], true_masks(lines, size), strict=True):
+        assert iou(ours, true) > 0.99
+
+
+def test_panoptic_void_stays_void() -> None:
+    objects = [(8.0, 8.0, 40.0, 40.0), (64.0, 32.0, 88.0, 60.0)]
+    (prediction,) = panoptic_segmentation(confident_classes([0, 1]), perfect_masks(objects, PADDED))
+    truth = true_masks(objects, PADDED)
+    assert iou(prediction.segmentation == 1, truth[0]) > 0.99
+    assert iou(prediction.segmentation == 2, truth[1]) > 0.99
+    assert iou(prediction.segmentation == 0, ~truth.any(0)) > 0.99
+
+
+def test_an_image_without_objects_is_all_void() -> None:
+    classes, masks = confident_classes([NUM_CLASSES, NUM_CLASSES]), perfect_masks([(0.0, 0.0, 9.0, 9.0)] * 2, PADDED)
+    (panoptic,) = panoptic_segmentation(classes, masks, None, [TARGET])
+    (instances,) = instance_segmentation(classes, masks, None, [TARGET], score_threshold=0.5)
+    assert panoptic.segments == []
+    assert panoptic.segmentation.shape == TARGET
+    assert not panoptic.segmentation.any()
+    assert instances.masks.shape == (0, *TARGET)
+    assert (instance_map(instances.masks) == -1).all()
+    assert mask_boxes(instances.masks).shape == (0, 4)
+
+
+STUFF, THING_A, THING_B = 4, 0, 1
+QUARTERS = [(24.0 * quarter, 0.0, 24.0 * (quarter + 1), 64.0) for quarter in range(4)]
+
+
+def test_panoptic_ids_are_unique_and_fused_stuff_is_listed_once() -> None:
+    (prediction,) = panoptic_segmentation(
+        confident_classes([STUFF, THING_A, STUFF, THING_B], [0.9, 0.9, 0.95, 0.9]),
+        perfect_masks(QUARTERS, PADDED),
+        label_ids_to_fuse={STUFF},
+    )
+    assert [(one.id, one.label_id, one.was_fused) for one in prediction.segments] == [
+        (1, STUFF, True),
+        (2, THING_A, False),
+        (3, THING_B, False),
+    ]
+    assert prediction.segments[0].score == pytest.approx(0.95, abs=1e-4)
+    truth = true_masks(QUARTERS, PADDED)
+    assert iou(prediction.segmentation == 1, truth[0] | truth[2]) > 0.99
+    assert iou(prediction.segmentation == 2, truth[1]) > 0.99
+    assert iou(prediction.segmentation == 3, truth[3]) > 0.99
+
+
+def test_stuff_that_is_not_to_be_fused_stays_apart() -> None:
+    (prediction,) = panoptic_segmentation(
+        confident_classes([STUFF, THING_A, STUFF, THING_B]), perfect_masks(QUARTERS, PADDED)
+    )
+    assert [one.id for one in prediction.segments] == [1, 2, 3, 4]
+
+
+OUTER, INNER = (8.0, 8.0, 88.0, 56.0), (32.0, 24.0, 56.0, 40.0)
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_the_highest_score_wins_a_pixel_and_every_instance_keeps_its_mask(inner_first: bool) -> None:
+    boxes, probabilities = ([INNER, OUTER], [0.9998, 0.73]) if inner_first else ([OUTER, INNER], [0.73, 0.9998])
+    (prediction,) = instance_segmentation(
+        confident_classes([1, 1], probabilities), perfect_masks(boxes, PADDED), score_threshold=0.5
+    )
+    inner, outer = true_masks([INNER, OUTER], PADDED)
+    assert prediction.scores[0] > prediction.scores[1]
+    assert iou(prediction.masks[0], inner) > 0.99
+    assert iou(prediction.masks[1], outer) > 0.99
+    segmentation = instance_map(prediction.masks)
+    assert iou(segmentation == 0, inner) > 0.99
+    assert iou(segmentation == 1, outer & ~inner) > 0.99
+    assert iou(segmentation == -1, ~outer) > 0.99
+
+
+# Arguments
+
+
+LEFT, SHIFTED = (8.0, 8.0, 48.0, 56.0), (28.0, 8.0, 68.0, 56.0)  # half of each is covered by the other
+
+
+@pytest.mark.parametrize(("threshold", "count"), [(0.0, 2), (0.4, 2), (0.6, 1)])
+def test_instances_that_are_covered_too_much_are_dropped(threshold: float, count: int) -> None:
+    (prediction,) = instance_segmentation(
+        confident_classes([0, 1], [0.8, 0.9]),
+        perfect_masks([LEFT, SHIFTED], PADDED),
+        score_threshold=0.5,
+        overlap_mask_area_threshold=threshold,
+    )
+    assert prediction.labels.tolist() == [1, 0][:count]
+
+
+def test_a_dropped_instance_covers_nothing_itself() -> None:
+    # Each covers the next by 2/3. The second goes, so the third keeps all but the third that the first covers.
+    chain = [(8.0 + 16 * step, 8.0, 56.0 + 16 * step, 56.0) for step in range(3)]
+    (prediction,) = instance_segmentation(
+        confident_classes([0, 1, 2], [0.9, 0.8, 0.7]),
+        perfect_masks(chain, PADDED),
+        score_threshold=0.5,
+        overlap_mask_area_threshold=0.5,
+    )
+    assert prediction.labels.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.8])
+def test_masks_shrink_as_the_mask_threshold_grows(threshold: float) -> None:
+    logits = perfect_masks([(16.0, 16.0, 80.0, 48.0)], PADDED) / SHARPNESS / 4
+    (prediction,) = instance_segmentation(confident_classes([0]), logits, mask_threshold=threshold, top_k=1)
+    expected = resized_by_definition(logits[0], PADDED, PADDED).sigmoid() > threshold
+    assert torch.equal(prediction.masks, expected)
+
+
+def test_the_extreme_mask_thresholds_take_everything_and_nothing() -> None:
+    classes, masks = random_logits()
+    everything, nothing = (instance_segmentation(classes, masks, mask_threshold=limit)[0].masks for limit in (0, 1))
+    assert everything.all()
+    assert not nothing.any()
+
+
+def test_panoptic_masks_shrink_as_the_mask_threshold_grows() -> None:
+    logits = perfect_masks([(16.0, 16.0, 80.0, 48.0)], PADDED) / SHARPNESS / 4
+    areas = [
+        int(panoptic_segmentation(confident_classes([0]), logits, mask_threshold=limit)[0].segmentation.sum())
+        for limit in (0.2, 0.5, 0.8)
+    ]
+    assert all(larger > smaller for larger, smaller in pairwise(areas))
+
+
+@pytest.mark.parametrize(("threshold", "labels"), [(0.4, [0, 1]), (0.7, [1])])
+def test_a_panoptic_segment_that_wins_too_little_of_its_mask_is_dropped(threshold: float, labels: list[int]) -> None:
+    (prediction,) = panoptic_segmentation(
+        confident_classes([0, 1], [0.8, 0.9]),
+        perfect_masks([LEFT, SHIFTED], PADDED),
+        overlap_mask_area_threshold=threshold,
+    )
+    assert [one.label_id for one in prediction.segments] == labels
+
+
+def test_top_k_counts_pairs_of_query_and_class() -> None:
+    classes, masks = random_logits()
+    assert [len(instance_segmentation(classes, masks, top_k=count)[0].scores) for count in (1, 20, 1000)] == [1, 20, 35]
+
+
+def test_dropping_labels_comes_after_the_top_k() -> None:
+    classes = confident_classes([STUFF, THING_A], [0.99, 0.6])
+    masks = perfect_masks(QUARTERS[:2], PADDED)
+    (prediction,) = instance_segmentation(classes, masks, top_k=1, label_ids_to_drop={STUFF})
+    assert prediction.labels.tolist() == []
+    (prediction,) = instance_segmentation(classes, masks, top_k=2, label_ids_to_drop={STUFF})
+    assert prediction.labels.tolist() == [THING_A]
+
+
+def test_queries_below_the_threshold_are_dropped_before_their_masks_are_resized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    whole = mask_post_processing.bands
+    monkeypatch.setattr(
+        mask_post_processing,
+        "bands",
+        lambda masks, *rest, **named: seen.append(len(masks)) or whole(masks, *rest, **named),
+    )
+    classes, masks = confident_classes([0, 1, 2, 3], [0.9, 0.3, 0.8, 0.2]), perfect_masks(QUARTERS, PADDED)
+    instance_segmentation(classes, masks, score_threshold=0.5)
+    panoptic_segmentation(classes, masks, score_threshold=0.5)
+    assert seen == [2, 2]
+
+
+def test_a_threshold_gives_the_same_instances_as_filtering_afterwards() -> None:
+    classes, masks = random_logits()
+    for filtered, full in zip(
+        instance_segmentation(classes, masks, score_threshold=0.3), instance_segmentation(classes, masks), strict=True
+    ):
+        keep = (full.scores >= 0.3) & full.masks.flatten(1).any(1)
+        assert 0 < keep.sum() < len(keep)
+        assert torch.equal(filtered.scores, full.scores[keep])
+        assert torch.equal(filtered.masks, full.masks[keep])
+
+
+def test_boxes_are_tight_and_zero_for_empty_masks() -> None:
+    masks = torch.zeros(3, 10, 12, dtype=torch.bool)
+    masks[0, 2:5, 3:9] = True
+    masks[1, 9, 11] = True
+    assert mask_boxes(masks).tolist() == [[3, 2, 9, 5], [11, 9, 12, 10], [0, 0, 0, 0]]
+
+
+def test_inputs_are_left_untouched() -> None:
+    classes, masks = random_logits()
+    copies = classes.clone(), masks.clone()
+    semantic_segmentation(classes, masks)
+    instance_segmentation(classes, masks, overlap_mask_area_threshold=0.5)
+    panoptic_segmentation(classes, masks)
+    assert torch.equal(classes, copies[0])
+    assert torch.equal(masks, copies[1])
+
+
+def test_no_float_tensor_of_all_classes_at_the_target_size_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mask_post_processing, "BAND_BYTES", 2**20)
+    largest = 0
+    whole = mask_post_processing.bands
+
+    def watch(*arguments, **named):
+        nonlocal largest
+        for rows, values in whole(*arguments, **named):
+            largest = max(largest, values.numel())
+            yield rows, values
+
+    monkeypatch.setattr(mask_post_processing, "bands", watch)
+    classes, masks = torch.randn(1, 20, 151), torch.randn(1, 20, 32, 48)
+    for combine_before_resize in (False, True):
+        semantic_segmentation(classes, masks, None, [(640, 960)], combine_before_resize=combine_before_resize)
+    assert largest * 4 <= 2**20
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_logits": torch.zeros(3, 6)}, r"got \(3, 6\) and \(2, 3, 16, 24\)"),
+        ({"class_logits": torch.zeros(2, 4, 6)}, "equal images and queries"),
+        ({"class_logits": torch.zeros(2, 3, 1)}, "at least one class"),
+        ({"target_sizes": [(64, 96)]}, "`target_sizes` must hold one .* for each of the 2 images, got 1"),
+        ({"target_sizes": [(64, 96), (64, 0)]}, "`target_sizes` of image 1 must be .* two positive integers"),
+        ({"target_sizes": [(64.5, 96), (64, 96)]}, "`target_sizes` of image 0"),
+        ({"target_sizes": [(3, 64, 96)] * 2}, "`target_sizes` of image 0"),
+        ({"image_sizes": torch.tensor([[64, 96]])}, "`image_sizes` must hold one"),
+        ({"image_sizes": [(64, 96), (65, 96)]}, "Image 1 has a valid size of 65 x 96, .* padded image of 64 x 96"),
+    ],
+)
+@pytest.mark.parametrize("function", [semantic_segmentation, instance_segmentation, panoptic_segmentation])
+def test_inputs_that_do_not_fit_are_refused(function, change, message: str) -> None:
+    inputs = {"class_logits": torch.zeros(2, 3, 6), "mask_logits": torch.zeros(2, 3, 16, 24)}
+    with pytest.raises(ValueError, match=message):
+        function(**{**inputs, **change})
+
+
+@pytest.mark.parametrize("name", ["score_threshold", "mask_threshold", "overlap_mask_area_threshold"])
+@pytest.mark.parametrize("function", [instance_segmentation, panoptic_segmentation])
+def test_thresholds_outside_their_range_are_refused(function, name: str) -> None:
+    with pytest.raises(ValueError, match=rf"`{name}` must be in \[0, 1\], got 1.5"):
+        function(*random_logits(), **{name: 1.5})
+
+
+def test_a_top_k_of_zero_is_refused() -> None:
+    with pytest.raises(ValueError, match="`top_k` must be at least 1"):
+        instance_segmentation(*random_logits(), top_k=0)
+
+
+def test_one_pixel_results_work() -> None:
+    classes, masks = confident_classes([0]), perfect_masks([(0.0, 0.0, 96.0, 64.0)], PADDED)
+    (prediction,) = instance_segmentation(classes, masks, [(1, 1)], [(1, 1)], top_k=1)
+    assert isinstance(prediction, InstancePrediction)
+    assert prediction.masks.tolist() == [[[True]]]

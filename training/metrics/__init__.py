@@ -1,0 +1,1 @@
+"""Metrics that equal the official tools."""
