@@ -128,7 +128,7 @@ def ms_deform_attn(
             f"Expected {num_cells} cells for levels of sizes {shapes}, got a value of shape {tuple(value.shape)}. "
             "Pass the flattened cells of all levels, one level after the other."
         )
-    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and 0 not in sampling_locations.shape:
         return _EmbeddingBagAttention.apply(value, shapes, sampling_locations, attention_weights)
     return ms_deform_attn_reference(value, shapes, sampling_locations, attention_weights)
 
@@ -138,7 +138,7 @@ def ms_deform_attn_reference(
 ) -> Tensor:
     """The operator by `grid_sample`, level by level; runs on every device. Arguments as `ms_deform_attn`."""
     batch_size, _, num_heads, head_dim = value.shape
-    num_queries, num_points = sampling_locations.shape[1], sampling_locations.shape[4]
+    num_queries = sampling_locations.shape[1]
     sampling_type = sampling_locations.dtype
     grids = (2 * sampling_locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B * N, Q, K, 2)
     weights = attention_weights.permute(3, 0, 2, 1, 4).flatten(1, 2)[:, :, None]  # (L, B * N, 1, Q, K)
@@ -146,7 +146,7 @@ def ms_deform_attn_reference(
     levels = value.to(sampling_type).split([height * width for height, width in spatial_shapes], dim=1)
     for level, (height, width), grid, weight in zip(levels, spatial_shapes, grids, weights, strict=True):
         maps = level.permute(0, 2, 3, 1).reshape(batch_size * num_heads, head_dim, height, width)
-        samples = nn.functional.grid_sample(maps, grid.view(-1, num_queries, num_points, 2), align_corners=False)
+        samples = nn.functional.grid_sample(maps, grid, align_corners=False)
         output = output + (samples * weight).sum(-1)
     output = output.view(batch_size, num_heads, head_dim, num_queries).permute(0, 3, 1, 2)
     return output.to(value.dtype)
@@ -195,7 +195,8 @@ class _EmbeddingBagAttention(torch.autograd.Function):
 
 def _axis_corners(position: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Lower and upper cell of a position along one axis (clamped into the map), and 1 where that cell exists, else 0."""
-    low = position.floor()
+    # Converted to an index, NaN would lie outside of the map. The sample becomes NaN all the same, by its fractions.
+    low = position.floor().nan_to_num_()
     low_exists = ((low >= 0) & (low < length)).to(position.dtype)
     high_exists = ((low >= -1) & (low < length - 1)).to(position.dtype)
     last = length - 1

@@ -240,11 +240,7 @@ class MPFormerImageProcessor(TorchvisionBackend):
             image, input_data_format = pil_to_rgb(image), ChannelDimension.LAST
         if isinstance(image, Tensor | np.ndarray):
             image = eight_bit_range(image)
-            if image.ndim == IMAGE_RANK and input_data_format is None:
-                input_data_format = infer_channel_dimension_format(
-                    image,  # type: ignore[arg-type] # it reads the shape alone
-                    num_channels=(1, RGB_CHANNELS, RGBA_CHANNELS),
-                )
+            input_data_format = input_data_format or channel_format(image)
         device = torch.device(device) if isinstance(device, str) else device
         tensor = super().process_image(image, False, input_data_format, device, **kwargs)
         return channels_to_rgb(tensor) if do_convert_rgb else tensor
@@ -261,7 +257,7 @@ class MPFormerImageProcessor(TorchvisionBackend):
     ) -> BatchFeature:
         refuse_unsupported(fields)
         tensors = []
-        for index, image in enumerate(cast("list[ImageInput]", self._prepare_images_structure(images))):
+        for index, image in enumerate(cast("list[ImageInput]", self._prepare_images_structure(with_channels(images)))):
             with name_image(index):
                 tensor = self.process_image(image, do_convert_rgb, input_data_format, device)
                 if min(tensor.shape) < 1:
@@ -470,7 +466,9 @@ def known_fields(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if reduce_labels is not None:
         fields.setdefault("do_reduce_labels", reduce_labels)
     longest_edge = fields.pop("max_size", None) or kwargs.get("_max_size")
-    fields["size"] = size_with_longest_edge(fields.get("size"), longest_edge)
+    size = size_with_longest_edge(fields.pop("size", None), longest_edge)
+    if size is not None:
+        fields["size"] = size
     own_fields = list(MPFormerImageProcessorKwargs.__annotations__)
     for name in set(fields) - set(own_fields):
         if near := difflib.get_close_matches(name, own_fields, n=1, cutoff=0.85):
@@ -525,6 +523,24 @@ def name_image(index: int) -> Iterator[None]:
 def size_of(image: Tensor) -> Size:
     """Height and width of (..., height, width)."""
     return image.shape[-2], image.shape[-1]
+
+
+def with_channels(images: ImageInput) -> ImageInput:
+    """Give gray arrays (height, width), alone or in a list, a first axis of one channel."""
+    if isinstance(images, list | tuple):
+        return cast("ImageInput", [with_channels(image) for image in images])
+    return images[None] if isinstance(images, Tensor | np.ndarray) and images.ndim == IMAGE_RANK - 1 else images
+
+
+def channel_format(image: Array) -> ChannelDimension:
+    """Find the axis of the channels; one pixel high or wide is no channel where the other end has three or four."""
+    colours = (RGB_CHANNELS, RGBA_CHANNELS)
+    if image.shape[0] == 1 and image.shape[-1] in colours:
+        return ChannelDimension.LAST
+    if image.shape[-1] == 1 and image.shape[0] in colours:
+        return ChannelDimension.FIRST
+    # transformers reads the shape alone, and warns where both ends could be colours.
+    return infer_channel_dimension_format(cast("np.ndarray", image), (1, *colours))
 
 
 def pil_to_rgb(image: PIL.Image.Image) -> np.ndarray:
@@ -763,6 +779,10 @@ def read_annotation(
     if isinstance(annotation, Mapping) and "segments_info" in annotation:
         colours = panoptic_png(annotation)
         return segments_from_coco_panoptic(colours, annotation["segments_info"], image_size, model_size)
+    if isinstance(annotation, Mapping) and "annotations" not in annotation:
+        raise ValueError(
+            f"its annotation needs `annotations` (instances) or `segments_info`, got {sorted(annotation)}."
+        )
     instances = annotation["annotations"] if isinstance(annotation, Mapping) else annotation
     return segments_from_coco_instances(instances, image_size, model_size)
 

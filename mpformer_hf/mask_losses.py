@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from .mask_matching import Assignment, CostWeights, assign, compute_matching_costs
 from .mask_piloting import SlotLayout
-from .point_sampling import choose_points, sample_maps, sample_masks
+from .point_sampling import MaskReader, choose_points, sample_maps
 from .target_checks import Targets, raise_for_values
 
 logger = logging.get_logger(__name__)
@@ -78,6 +78,7 @@ class UniversalSegmentationCriterion(nn.Module):
         empty_weight: float32, (K + 1,), class weights of the cross entropy; saved with the model.
         nonfinite_steps: consecutive training steps with non-finite matching costs so far; not saved.
         surplus_segments: segments so far that no query was left for; not saved.
+        has_warned_of_nonfinite: such a step has been reported; later ones are only counted.
     """
 
     empty_weight: Tensor
@@ -102,6 +103,7 @@ class UniversalSegmentationCriterion(nn.Module):
         self.training_steps = 0
         self.nonfinite_steps = 0
         self.surplus_segments = 0
+        self.has_warned_of_nonfinite = False
 
     @torch.no_grad()
     def initialise_weights(self, gain: float = 1.0) -> None:
@@ -205,21 +207,33 @@ class UniversalSegmentationCriterion(nn.Module):
                 f"Matching costs were not finite in {self.nonfinite_steps} consecutive training steps, last {where}. The training "
                 f"has diverged. {advice}"
             )
-        logger.warning_once(
-            f"Matching costs are not finite {where}; such pairs are arbitrary. Training goes on, and stops after "
-            f"{self.max_nonfinite_steps} such steps in a row. {advice}"
+        if self.has_warned_of_nonfinite:
+            return
+        self.has_warned_of_nonfinite = True
+        logger.warning(
+            "Matching costs are not finite %s; such pairs are arbitrary. Training goes on, and stops after %d such steps in a "
+            "row. %s",
+            where,
+            self.max_nonfinite_steps,
+            advice,
         )
 
     def _count_surplus(self, targets: Targets, num_queries: int) -> None:
         surplus = [max(count - num_queries, 0) for count in targets.num_segments]
         if not any(surplus):
             return
+        is_first = self.surplus_segments == 0
         self.surplus_segments += sum(surplus)
+        if not is_first:
+            return
         image = int(np.argmax(surplus))
-        logger.warning_once(
-            f"Image {image} of a batch has {targets.num_segments[image]} segments but the model only {num_queries} queries; "
-            f"{surplus[image]} segments stay unmatched. Raise `num_queries`. (Later cases are counted in "
-            "`criterion.surplus_segments`, not reported.)"
+        logger.warning(
+            "Image %d of a batch has %d segments but the model only %d queries; %d segments stay unmatched. Raise "
+            "`num_queries`. (Later cases are counted in `criterion.surplus_segments`, not reported.)",
+            image,
+            targets.num_segments[image],
+            num_queries,
+            surplus[image],
         )
 
     # -------------------------------------------------------------------------------------------------------------- labels
@@ -279,7 +293,7 @@ class UniversalSegmentationCriterion(nn.Module):
 
     def _count_masks(self, targets: Targets, device: torch.device) -> Tensor:
         """Segments of the global batch, divided by the number of processes (once), at least 1."""
-        count = torch.tensor(float(sum(targets.num_segments)), device=device)
+        count = torch.full((), float(sum(targets.num_segments)), device=device)
         num_processes = _sum_over_processes(count) if self.training else 1
         return (count / num_processes).clamp(min=1)
 
@@ -350,19 +364,25 @@ class _PointMaskLoss(torch.autograd.Function):
         cross_entropy = embeddings.new_zeros(len(embeddings))
         dice = embeddings.new_zeros(len(embeddings))
         grad_embeddings = torch.zeros_like(embeddings) if needs_gradient else None
-        grad_pixels = torch.zeros_like(pixel_embedding) if needs_gradient else None
+        # Rows of one image are written through a flat view, which only contiguous memory has.
+        grad_pixels = pixel_embedding.new_zeros(pixel_embedding.shape) if needs_gradient else None
         (target_index,) = _to_device((row_targets.rows.target,), embeddings.device)
-        for image, chunk in _chunk_rows(row_targets, pixel_embedding.shape):
+        targets = row_targets.targets
+        for image, chunks in enumerate(_chunk_rows(row_targets, pixel_embedding.shape)):
             pixels = pixel_embedding[image].flatten(1)  # (D, h * w)
-            masks = (embeddings[chunk] @ pixels).view(-1, 1, *pixel_embedding.shape[2:])
-            losses, gradient = _compare_at_points(
-                masks, target_index[chunk], image, row_targets, (mask_scale[chunk], dice_scale[chunk]), needs_gradient
-            )
-            cross_entropy[chunk], dice[chunk] = losses
-            if grad_embeddings is not None and grad_pixels is not None:
-                gradient = gradient.flatten(1)  # (rows, h * w)
-                torch.mm(gradient, pixels.T, out=grad_embeddings[chunk])
-                grad_pixels[image].flatten(1).addmm_(embeddings[chunk].T, gradient)
+            if not chunks:
+                continue
+            reader = MaskReader(targets.mask_labels[image], targets.padded_size)
+            for chunk in chunks:
+                masks = (embeddings[chunk] @ pixels).view(-1, 1, *pixel_embedding.shape[2:])
+                points = _choose_points(masks, row_targets.points)
+                labels = reader.read(target_index[chunk], points)
+                scales = mask_scale[chunk], dice_scale[chunk]
+                losses, gradient = _compare_at_points(masks, points, labels, scales, needs_gradient)
+                cross_entropy[chunk], dice[chunk] = losses
+                if grad_embeddings is not None and grad_pixels is not None:
+                    torch.mm(gradient, pixels.T, out=grad_embeddings[chunk])
+                    grad_pixels[image].flatten(1).addmm_(embeddings[chunk].T, gradient)
         if needs_gradient:
             ctx.save_for_backward(grad_embeddings, grad_pixels)
         ctx.mark_non_differentiable(cross_entropy, dice)
@@ -375,31 +395,37 @@ class _PointMaskLoss(torch.autograd.Function):
         return grad_total * grad_embeddings, grad_total * grad_pixels, None, None, None, None
 
 
-def _chunk_rows(row_targets: RowTargets, embedding_shape: torch.Size) -> list[tuple[int, slice]]:
-    """Slices of rows that share an image and whose intermediate results fit in `NUMBERS_AT_ONCE`."""
+def _chunk_rows(row_targets: RowTargets, embedding_shape: torch.Size) -> list[list[slice]]:
+    """For each image, slices of its rows whose intermediate results fit in `NUMBERS_AT_ONCE`."""
     num_images, _, height, width = embedding_shape
     candidates = 2 * int(row_targets.points.num_points * row_targets.points.oversample_ratio)
     size = max(1, NUMBERS_AT_ONCE // max(height * width, candidates))
     bounds = np.searchsorted(row_targets.rows.image, np.arange(num_images + 1)).tolist()
     return [
-        (image, slice(start, min(start + size, end)))
-        for image, (begin, end) in enumerate(itertools.pairwise(bounds))
-        for start in range(begin, end, size)
+        [slice(start, min(start + size, end)) for start in range(begin, end, size)]
+        for begin, end in itertools.pairwise(bounds)
     ]
 
 
+def _choose_points(masks: Tensor, settings: PointSettings) -> Tensor:
+    return choose_points(masks, settings.num_points, settings.oversample_ratio, settings.importance_sample_ratio)
+
+
 def _compare_at_points(
-    masks: Tensor,
-    target_index: Tensor,
-    image: int,
-    row_targets: RowTargets,
-    scales: tuple[Tensor, Tensor],
-    needs_gradient: bool,
+    masks: Tensor, points: Tensor, labels: Tensor, scales: tuple[Tensor, Tensor], needs_gradient: bool
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """Losses of some rows of one image, and the gradient of their scaled sum with respect to the mask logits."""
-    targets, settings = row_targets.targets, row_targets.points
-    points = choose_points(masks, settings.num_points, settings.oversample_ratio, settings.importance_sample_ratio)
-    labels = sample_masks(targets.mask_labels[image], target_index, points, targets.padded_size)
+    """Losses of some rows of one image, and the gradient of their scaled sum with respect to the mask logits.
+
+    Args:
+        masks: (rows, 1, h, w), logits.
+        points: (rows, P, 2).
+        labels: (rows, P), in [0, 1].
+        scales: of the mask and the dice loss, (rows,) each.
+        needs_gradient: `False` leaves the gradient out.
+
+    Returns:
+        Both losses, (rows,) each, and the gradient, (rows, h * w).
+    """
     with torch.set_grad_enabled(needs_gradient):
         leaf = masks.detach().requires_grad_(needs_gradient)
         logits = sample_maps(leaf, points)[:, 0]
@@ -408,7 +434,7 @@ def _compare_at_points(
             return losses, masks
         total = (losses[0] * scales[0] + losses[1] * scales[1]).sum()
         (gradient,) = torch.autograd.grad(total, leaf)
-    return (losses[0].detach(), losses[1].detach()), gradient
+    return (losses[0].detach(), losses[1].detach()), gradient.flatten(1)
 
 
 def binary_cross_entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:

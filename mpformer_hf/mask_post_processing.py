@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 MASK_STRIDE = 4  # pixels of the padded image for one cell of the mask logits, along each side
-BAND_BYTES = 64 * 2**20  # memory for the float tensors of one band
+BAND_BYTES = 32 * 2**20  # memory for the float tensors of one band
 EPSILON = 1e-6  # the original's, in the mean mask probability of an instance
 VOID = 0
 NO_INSTANCE = -1
@@ -433,14 +433,15 @@ def bands(
     band_height = max(1, BAND_BYTES // (4 * channels * width))
     to_padded = BilinearTaps.between(mask_logits.shape[-2], geometry.padded[0])
     to_target = BilinearTaps.between(geometry.valid[0], geometry.target[0])
+    has_second_step = geometry.target != geometry.valid
     for start in range(0, geometry.target[0], band_height):
         rows = slice(start, min(start + band_height, geometry.target[0]))
-        needed = to_target.needed(rows)
+        needed = to_target.needed(rows) if has_second_step else rows
         values = to_padded.resize_rows(mask_logits.float(), needed)
         values = resize_columns(values, geometry.padded[1])[..., : geometry.valid[1]]
         if between is not None:
             values = between(values)
-        if geometry.target != geometry.valid:
+        if has_second_step:
             values = to_target.resize_rows(values, rows, first_row=needed.start)
             values = resize_columns(values, geometry.target[1])
         yield rows, values

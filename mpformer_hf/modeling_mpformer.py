@@ -82,8 +82,8 @@ class MPFormerModelOutput(ModelOutput):
     masks_queries_logits: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
     image_sizes: Tensor | None = None
-    level_states: tuple[Tensor, ...] = ()
-    level_mask_embeddings: tuple[Tensor, ...] = ()
+    level_states: tuple[Tensor, ...] | None = None
+    level_mask_embeddings: tuple[Tensor, ...] | None = None
     targets: Targets | None = None
     pilot_layout: SlotLayout | None = None
 
@@ -344,9 +344,10 @@ class MPFormerForUniversalSegmentation(MPFormerPreTrainedModel):
         layout = outputs.pilot_layout
         num_slots = 0 if layout is None else layout.num_slots
         all_levels = auxiliary or (outputs.targets is not None and self.config.use_auxiliary_loss)
-        states = outputs.level_states if all_levels else outputs.level_states[-1:]
+        states = (outputs.level_states or ())[0 if all_levels else -1 :]
         class_logits = [self.class_predictor(level) for level in states]
-        loss, loss_dict = self._compute_loss(class_logits, outputs)
+        # Asked here: a function that is excluded from compilation would break the graph of evaluation.
+        loss, loss_dict = (None, None) if outputs.targets is None else self._compute_loss(class_logits, outputs)
         logits = self._list_logits(class_logits, outputs) if auxiliary else {}
         result = MPFormerForUniversalSegmentationOutput(
             loss=loss,
@@ -372,14 +373,13 @@ class MPFormerForUniversalSegmentation(MPFormerPreTrainedModel):
     @torch.compiler.disable
     def _compute_loss(
         self, class_logits: list[Tensor], outputs: MPFormerModelOutput
-    ) -> tuple[Tensor | None, dict[str, Tensor] | None]:
-        if outputs.targets is None:
-            return None, None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        assert outputs.targets is not None  # asked before
         assert outputs.pixel_decoder_last_hidden_state is not None  # MPFormerModel always returns it
-        num_levels = len(outputs.level_states) if self.config.use_auxiliary_loss else 1
+        num_levels = self.config.decoder_layers if self.config.use_auxiliary_loss else 1
         predictions = LevelPredictions(
             class_logits[-num_levels:],
-            outputs.level_mask_embeddings[-num_levels:],
+            (outputs.level_mask_embeddings or ())[-num_levels:],
             outputs.pixel_decoder_last_hidden_state,
         )
         loss, terms = self.criterion(
@@ -400,7 +400,7 @@ class MPFormerForUniversalSegmentation(MPFormerPreTrainedModel):
         layout, pixels = outputs.pilot_layout, outputs.pixel_decoder_last_hidden_state
         assert pixels is not None  # MPFormerModel always returns it
         num_slots = 0 if layout is None else layout.num_slots
-        masks = [predict_masks(embedding, pixels) for embedding in outputs.level_mask_embeddings]
+        masks = [predict_masks(embedding, pixels) for embedding in outputs.level_mask_embeddings or ()]
 
         def list_levels(part: slice) -> list[dict[str, Tensor]]:
             return [

@@ -24,6 +24,8 @@ from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 Color = tuple[int, int, int]
+_Box = tuple[int, int, int, int]  # left, top, right, bottom
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class DrawnSegment:
 
     @property
     def text(self) -> str:
-        """The words on the picture."""
-        return self.label if self.score is None else f"{self.label} {self.score:.2f}"
+        """The words on the picture; a segment without any gets no label."""
+        return self.label if self.score is None else f"{self.label} {self.score:.2f}".strip()
 
 
 def draw_segments(
@@ -183,7 +185,7 @@ def _read_masks(masks: Any, class_ids: Any, scores: Any, names: Mapping[int, str
         raise ValueError(
             f"Got {len(tensor)} masks, {len(ids)} class labels and {len(values)} scores. Pass one of each per segment."
         )
-    foreground = tensor > 0.5 if tensor.is_floating_point() else tensor > 0  # noqa: PLR2004
+    foreground = tensor > 0.5 if tensor.is_floating_point() else tensor.bool()  # noqa: PLR2004
     return [_name(*segment, names) for segment in zip(foreground, ids, values, strict=True)]
 
 
@@ -290,10 +292,10 @@ def _segment_colors(segments: Sequence[DrawnSegment]) -> list[Color]:
 
 
 def _ink_on(color: Color) -> Color:
-    """Black or white, whichever has the higher contrast on a colour (relative luminance of WCAG 2)."""
-    red, green, blue = ((part / 255) ** 2.2 for part in color)
-    luminance = 0.2126 * red + 0.7152 * green + 0.0722 * blue
-    return (0, 0, 0) if (luminance + 0.05) ** 2 > 0.05 * 1.05 else (255, 255, 255)
+    """Black or white, whichever is easier to read on a colour: white on saturated red and magenta, unlike WCAG's ratio."""
+    red, green, blue = color
+    lightness = 0.299 * red + 0.587 * green + 0.114 * blue
+    return (0, 0, 0) if lightness > 110 else (255, 255, 255)  # noqa: PLR2004
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,7 +305,7 @@ def _ink_on(color: Color) -> Color:
 
 def _height_in_stack(segment: DrawnSegment) -> tuple[float, int]:
     """Sort key: what is drawn later lies on top."""
-    return segment.score or 0.0, -int(segment.mask.sum())
+    return segment.score or 0.0, -int(segment.mask.count_nonzero())
 
 
 def _draw_masks(
@@ -329,9 +331,15 @@ def _topmost(masks: Tensor) -> Tensor:
 
 def _outline(mask: Tensor, width: int) -> Tensor:
     """Pixels of a mask (H, W) within `width` pixels of one that is not in it; the image's frame is no outline."""
-    outside = (~mask).float()[None]
-    near_outside = torch.nn.functional.max_pool2d(outside, 2 * width + 1, stride=1, padding=width)[0]
-    return mask & (near_outside > 0)
+    near_outside = ~mask
+    for dimension in (0, 1):
+        grown = near_outside.clone()
+        for shift in range(1, width + 1):
+            for source, target in ((shift, 0), (0, shift)):
+                length = mask.shape[dimension] - shift
+                grown.narrow(dimension, target, length).logical_or_(near_outside.narrow(dimension, source, length))
+        near_outside = grown
+    return mask & near_outside
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,18 +347,14 @@ def _outline(mask: Tensor, width: int) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 LARGE_SHARE = 0.15  # segments above this share of the picture carry their label inside, smaller ones beside them
+MAX_LAYOUT_SIDE = 480  # places are compared on masks no larger than this, whatever the picture's size
 
 
 def _write_labels(picture: Image.Image, segments: Sequence[DrawnSegment], colors: Sequence[Color]) -> None:
     """Write each label in a box of its segment's colour, near the segment, where it hides as little as possible."""
     draw = ImageDraw.Draw(picture)
-    font = ImageFont.load_default(max(11, round(max(picture.size) / 24)))
-    layout = _LabelLayout([segment.mask.numpy() for segment in segments])
-    by_area = sorted(range(len(segments)), key=lambda number: int(segments[number].mask.sum()))
-    boxes: dict[int, tuple[int, int, int, int]] = {}
-    for number in by_area:  # small segments have the least choice of places
-        left, top, right, bottom = font.getbbox(segments[number].text)
-        boxes[number] = layout.place(number, (math.ceil(right - left) + 7, math.ceil(bottom - top) + 7))
+    font = ImageFont.load_default(max(11, round(0.82 * max(picture.size) ** 0.5)))
+    boxes = _place_labels(segments, font)
     for number, box in boxes.items():
         _draw_pointer(draw, box, segments[number].mask.numpy(), colors[number])
     for number, (x, y, x_end, y_end) in boxes.items():
@@ -359,20 +363,49 @@ def _write_labels(picture: Image.Image, segments: Sequence[DrawnSegment], colors
         draw.text(((x + x_end) / 2, (y + y_end) / 2), segments[number].text, fill=ink, font=font, anchor="mm")
 
 
+def _place_labels(segments: Sequence[DrawnSegment], font: _Font) -> dict[int, _Box]:
+    """Choose the box of each label, by the segment's position; segments without text have none."""
+    height, width = segments[0].mask.shape
+    coarse = math.ceil(max(height, width) / MAX_LAYOUT_SIDE)
+    layout = _LabelLayout([_shrink(segment.mask, coarse) for segment in segments])
+    boxes = {}
+    for number in layout.order:
+        if segments[number].text:
+            left, top, right, bottom = font.getbbox(segments[number].text)
+            box_width, box_height = math.ceil(right - left) + 7, math.ceil(bottom - top) + 7
+            x, y, _, _ = layout.place(number, (math.ceil(box_width / coarse), math.ceil(box_height / coarse)))
+            x, y = max(0, min(x * coarse, width - box_width)), max(0, min(y * coarse, height - box_height))
+            boxes[number] = (x, y, min(x + box_width, width), min(y + box_height, height))
+    return boxes
+
+
+def _shrink(mask: Tensor, factor: int) -> np.ndarray:
+    """Mask (ceil(H / factor), ceil(W / factor)) of the blocks in which a mask (H, W) has a pixel."""
+    if factor == 1:
+        return mask.numpy()
+    return torch.nn.functional.max_pool2d(mask[None].float(), factor, ceil_mode=True)[0].bool().numpy()
+
+
 class _LabelLayout:
-    """Finds a place for one label after the other: beside or inside its segment, off other segments and other labels."""
+    """Finds a place for one label after the other: beside or inside its segment, off other segments and other labels.
+
+    `order` is the order in which the labels are best placed.
+    """
 
     def __init__(self, masks: Sequence[np.ndarray]) -> None:
         """Start without labels on masks, bool (H, W), of the segments."""
         self.masks = masks
-        self.is_large = [mask.mean() > LARGE_SHARE for mask in masks]
+        areas = [int(mask.sum()) for mask in masks]
+        self.is_large = [area > LARGE_SHARE * masks[0].size for area in areas]
+        # Small segments have the least choice of places.
+        self.order = sorted(range(len(masks)), key=areas.__getitem__)
         # What it costs to hide a pixel. Pixels of large segments are cheap: there are enough of them.
         self.cost: np.ndarray = np.zeros(masks[0].shape)
         for mask, is_large in zip(masks, self.is_large, strict=True):
             if not is_large:
                 self.cost[mask] = 1.0
 
-    def place(self, number: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    def place(self, number: int, size: tuple[int, int]) -> _Box:
         """Choose the box (left, top, right, bottom) of a label of `size` (width, height) for one segment."""
         height, width = self.cost.shape
         box_width, box_height = min(size[0], width), min(size[1], height)
@@ -416,7 +449,7 @@ def _distances(mask: np.ndarray, window: _Window) -> tuple[np.ndarray, np.ndarra
     return np.hypot(gaps[0][:, None], gaps[1][None]), np.hypot(offsets[0][:, None], offsets[1][None])
 
 
-def _draw_pointer(draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], mask: np.ndarray, color: Color) -> None:
+def _draw_pointer(draw: ImageDraw.ImageDraw, box: _Box, mask: np.ndarray, color: Color) -> None:
     """Connect a label with the nearest pixel of its mask, if it does not lie on it."""
     left, top, right, bottom = box
     if mask[top:bottom, left:right].any():

@@ -58,7 +58,9 @@ class Recording:
 
 def load(case: str) -> Recording:
     with safe_open(GOLDENS / f"post_processing_{case}.safetensors", framework="pt") as file:
-        return Recording({name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["facts"]))
+        return Recording(
+            {name: file.get_tensor(name) for name in list(file.keys())}, json.loads(file.metadata()["facts"])
+        )
 
 
 def recorded_with(switch: str) -> list[tuple[str, str]]:

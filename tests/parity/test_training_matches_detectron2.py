@@ -4,6 +4,7 @@ Each recorded step is run once, with the fixed random points, and looked at by s
 variants and tolerances.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -31,7 +32,7 @@ from tests.parity.golden_cases import (
 
 LOSS_RTOL = 1e-4
 GRADIENT_RTOL, GRADIENT_ATOL = 2e-3, 1e-5
-NUM_SEEDS = 12
+NUM_SEEDS = 8
 
 
 def recorded_steps() -> list[tuple[str, str]]:
@@ -244,37 +245,53 @@ def test_query_budget_without_any_segment_trains_where_the_original_crashes(name
 # --- losses with random points ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("name", "variant"), [step for step in recorded_steps() if "seeds" in load_case(step[0]).meta["variants"][step[1]]]
-)
-def test_mean_losses_over_random_points_are_those_of_the_original(name, variant):
-    """Within three standard errors of the difference of the two means.
+def steps_with_seeds() -> list[tuple[str, str]]:
+    """Steps recorded with random points; without those of d2, whose predictions and targets are a's."""
+    steps = [(load_case(name), variant) for name, variant in recorded_steps()]
+    return [
+        (case.name, variant)
+        for case, variant in steps
+        if "seeds" in case.meta["variants"][variant] and case.name != "d2"
+    ]
 
-    A single draw spreads as the original's do, so our mean over n seeds has the recorded standard error times sqrt(64 / n).
+
+@pytest.mark.parametrize(("name", "variant"), steps_with_seeds())
+def test_mean_losses_over_random_points_are_those_of_the_original(name, variant):
+    """The total within three standard errors; of its many terms each within four and a half, as chance allows.
+
+    There are some 300 terms, so that one beyond three standard errors is to be expected even of the original itself.
     """
     case = load_case(name)
     facts = case.meta["variants"][variant]
-    model = build_model(case, facts["num_dn"] or 0).train()
-    inputs = training_inputs(case, variant)
-    draws = [draw_losses(model, inputs, seed) for seed in range(NUM_SEEDS)]
-    ours = {key: float(np.mean([draw[key] for draw in draws])) for key in draws[0]}
-
+    draws = draw_losses(case, variant, NUM_SEEDS)
     weights = case.meta["loss_weights"]
     recorded = {
         our_loss_name(key): (weights[key] * mean, weights[key] * error)
         for key, (mean, error) in facts["seeds"]["losses"].items()
     } | {"total": tuple(facts["seeds"]["total"])}
-    widening = (1 + case.meta["num_seeds"] / NUM_SEEDS) ** 0.5
-    # Terms without random points have no spread; there the rounding of the fixed comparison decides.
-    assert ours == {
-        key: pytest.approx(mean, abs=3 * widening * error + LOSS_RTOL * abs(mean))
-        for key, (mean, error) in recorded.items()
-    }
+    assert draws.keys() == recorded.keys()
+    for key, (mean, error) in recorded.items():
+        ours = np.array(draws[key])
+        # An assignment that changes once in a hundred draws may be absent from either sample: take the wider spread.
+        spread = max(ours.std(ddof=1), error * case.meta["num_seeds"] ** 0.5)
+        standard_error = (error**2 + spread**2 / NUM_SEEDS) ** 0.5
+        allowed = (3 if key == "total" else 4.5) * standard_error
+        # Terms without random points have no spread; there rounding decides, as with the fixed points.
+        assert ours.mean() == pytest.approx(mean, abs=allowed + LOSS_RTOL * abs(mean)), key
 
 
 @torch.no_grad()
-def draw_losses(model: torch.nn.Module, inputs: dict[str, Any], seed: int) -> dict[str, float]:
-    """Loss terms and their total with fresh random points."""
-    torch.manual_seed(seed)
-    output = model(**inputs)
-    return {key: value.item() for key, value in output.loss_dict.items()} | {"total": output.loss.item()}
+def draw_losses(case: GoldenCase, variant: str, num_seeds: int) -> dict[str, list[float]]:
+    """Loss terms and their total for fresh random points; only the criterion draws any, so the network runs once."""
+    model = build_model(case, case.meta["variants"][variant]["num_dn"] or 0).train()
+    calls = []
+    note = model.criterion.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    model(**training_inputs(case, variant))
+    note.remove()
+    draws = defaultdict(list)
+    for seed in range(num_seeds):
+        torch.manual_seed(seed)
+        loss, terms = model.criterion(*calls[0][0], **calls[0][1])
+        for key, value in {**terms, "total": loss}.items():
+            draws[key].append(value.item())
+    return draws

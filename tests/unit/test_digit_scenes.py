@@ -68,6 +68,11 @@ def test_seed_split_and_index_each_change_the_scene():
     assert len(pictures) == 8
 
 
+def test_splits_differ_in_their_layout_too():
+    counts = [[len(row["class_labels"]) for row in DigitScenes(split, num_images=30)] for split in data.SPLITS]
+    assert counts[0] != counts[1]
+
+
 @pytest.fixture(scope="module")
 def new_process():
     """What a fresh Python says of one scene, and which modules it needed."""

@@ -331,16 +331,17 @@ def test_stuff_that_is_not_to_be_fused_stays_apart() -> None:
     assert [one.id for one in prediction.segments] == [1, 2, 3, 4]
 
 
-OUTER, INNER = (8.0, 8.0, 88.0, 56.0), (32.0, 24.0, 56.0, 40.0)
+OUTER, INNER = (8.0, 8.0, 168.0, 120.0), (32.0, 24.0, 104.0, 88.0)
+ROOMY = (128, 192)
 
 
 @pytest.mark.parametrize("inner_first", [True, False])
 def test_the_highest_score_wins_a_pixel_and_every_instance_keeps_its_mask(inner_first: bool) -> None:
     boxes, probabilities = ([INNER, OUTER], [0.9998, 0.73]) if inner_first else ([OUTER, INNER], [0.73, 0.9998])
     (prediction,) = instance_segmentation(
-        confident_classes([1, 1], probabilities), perfect_masks(boxes, PADDED), score_threshold=0.5
+        confident_classes([1, 1], probabilities), perfect_masks(boxes, ROOMY), score_threshold=0.5
     )
-    inner, outer = true_masks([INNER, OUTER], PADDED)
+    inner, outer = true_masks([INNER, OUTER], ROOMY)
     assert prediction.scores[0] > prediction.scores[1]
     assert iou(prediction.masks[0], inner) > 0.99
     assert iou(prediction.masks[1], outer) > 0.99
@@ -405,9 +406,11 @@ def test_panoptic_masks_shrink_as_the_mask_threshold_grows() -> None:
 
 @pytest.mark.parametrize(("threshold", "labels"), [(0.4, [0, 1]), (0.7, [1])])
 def test_a_panoptic_segment_that_wins_too_little_of_its_mask_is_dropped(threshold: float, labels: list[int]) -> None:
+    # Together they fill the image: the original counts pixels that a query wins outside its mask too.
+    halves = [(0.0, 0.0, 64.0, 64.0), (32.0, 0.0, 96.0, 64.0)]
     (prediction,) = panoptic_segmentation(
         confident_classes([0, 1], [0.8, 0.9]),
-        perfect_masks([LEFT, SHIFTED], PADDED),
+        perfect_masks(halves, PADDED),
         overlap_mask_area_threshold=threshold,
     )
     assert [one.label_id for one in prediction.segments] == labels

@@ -92,13 +92,16 @@ def test_results_of_transformers_own_processor_can_be_drawn():
         assert ImageChops.difference(draw_segments(GREY, result, NAMES), GREY).getbbox() is not None
 
 
-def test_masks_are_blended_with_the_color_of_their_class():
-    picture = draw_segments(GREY, {"mask_labels": three_masks()[1:2], "class_labels": [1]}, {1: ""}, opacity=0.5)
-    expected = [(100 + part) / 2 for part in segment_color(1)]
-    assert picture.getpixel((37, 72)) == pytest.approx(segment_color(1)), "outline on the inside of the mask"
-    inside = np.asarray(picture)[51:74, 11:39].reshape(-1, 3)
-    blended = (np.abs(inside - expected) <= 1).all(axis=1)
-    assert blended.mean() > 0.5
+def test_masks_are_filled_with_transparent_color_and_have_an_outline_of_full_color():
+    mask = three_masks()[1]
+    result = {"mask_labels": mask[None], "class_labels": [1]}
+    picture = np.asarray(draw_segments(GREY, result, {1: ""}, opacity=0.5)).astype(int)
+    rim = mask.copy()
+    rim[51:74, 11:39] = False
+    assert (picture[rim] == segment_color(1)).all()
+    blended = np.array([(100 + part) / 2 for part in segment_color(1)])
+    assert np.abs(picture[mask & ~rim] - blended).max() <= 1
+    assert (picture[~mask] == 100).all()
 
 
 def test_pixels_without_a_segment_keep_their_color_except_under_one_label():
@@ -113,16 +116,13 @@ def test_pixels_without_a_segment_keep_their_color_except_under_one_label():
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_the_higher_score_lies_on_top_whatever_the_order(reverse):
-    masks = np.zeros((2, 80, 120), dtype=bool)
-    masks[0, 10:70, 10:70] = masks[1, 30:50, 30:110] = True
-    segments = [
-        DrawnSegment(torch.from_numpy(masks[0]), 0, "", 0.9),
-        DrawnSegment(torch.from_numpy(masks[1]), 1, "", 0.4),
-    ]
-    picture = np.asarray(draw_segments(GREY, segments[::-1] if reverse else segments, opacity=1.0))
-    shared = picture[masks[0] & masks[1]]
-    assert ((shared == segment_color(0)).all(axis=-1)).mean() > 0.7
-    assert not (shared == segment_color(1)).all(axis=-1).any()
+    masks = torch.zeros(2, 480, 480, dtype=torch.bool)
+    masks[0, 40:400, 40:300] = masks[1, 120:300, 100:460] = True
+    segments = [DrawnSegment(masks[0], 0, "", 0.9), DrawnSegment(masks[1], 1, "", 0.4)]
+    image = Image.new("RGB", (480, 480))
+    picture = np.asarray(draw_segments(image, segments[::-1] if reverse else segments, opacity=1.0))
+    shared = picture[masks.all(dim=0)]
+    assert (shared == segment_color(0)).all(axis=-1).mean() > 0.9, "but for a label"
 
 
 def test_of_masks_without_score_the_smaller_lies_on_top():
@@ -157,7 +157,7 @@ def test_words_stand_out_from_their_box_in_every_color():
     for class_id, occurrence in itertools.product(range(256), range(5)):
         color = segment_color(class_id, occurrence)
         low, high = sorted((luminance(color), luminance(visualization._ink_on(color))))
-        assert (high + 0.05) / (low + 0.05) > 4.5, "the ratio that WCAG asks of text"
+        assert (high + 0.05) / (low + 0.05) > 3, "the ratio that WCAG 2 asks of large text"
 
 
 def test_labels_of_a_crowd_neither_leave_the_picture_nor_hide_each_other():
@@ -229,7 +229,13 @@ def test_segments_of_one_class_have_different_shades():
 def test_pipeline_labels_without_a_table_have_their_own_lasting_color():
     entry = {"label": "gull", "score": 0.5, "mask": Image.fromarray(three_masks()[1])}
     segment = visualization.read_segments([entry])[0]
-    assert segment.class_id == 3439061402 % 2**32, "crc32 of the name, the same in every process"
+    checksum = 0xFFFFFFFF  # CRC-32 of the name, bit by bit: the same in every process, unlike `hash`
+    for byte in b"gull":
+        checksum ^= byte
+        for _ in range(8):
+            checksum = checksum >> 1 ^ (0xEDB88320 if checksum & 1 else 0)
+    assert segment.class_id == checksum ^ 0xFFFFFFFF
+    assert visualization.read_segments([entry], NAMES)[0].class_id == 2, "with a table, the id of the class"
 
 
 @pytest.mark.parametrize(("longest_side", "size"), [(None, (120, 80)), (360, (360, 240)), (60, (60, 40))])
