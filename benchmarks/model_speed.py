@@ -90,7 +90,7 @@ def set_training(model: nn.Module) -> None:
 
 
 def make_targets(setting: Setting) -> dict[str, list[Tensor]]:
-    """Overlapping rectangles; float masks, because transformers' model takes no others."""
+    """Overlapping rectangles; each model gets the type that its image processor returns' model takes no others."""
     generator = torch.Generator().manual_seed(1)
     size, masks, labels = setting.image_size, [], []
     for _ in range(setting.batch_size):

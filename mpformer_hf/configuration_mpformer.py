@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import consolidate_backbone_kwargs_to_config
 
 PILOT_MASK_NOISES = ("point", "shift", "scale", "shift_scale", "none")
@@ -16,7 +17,7 @@ FEATURE_STRIDES = (4, 8, 16, 32)
 NUM_GROUP_NORM_GROUPS = 32
 
 # Accepted so that files and code written for transformers' Mask2Former keep working; they change nothing here.
-FIELDS_FOR_COMPATIBILITY = frozenset({"ignore_value"})
+FIELDS_FOR_COMPATIBILITY = frozenset({"ignore_value", "init_std"})
 
 # Ways in which older transformers code names a pretrained backbone. Dropping them silently would train a random one.
 LEGACY_BACKBONE_ARGUMENTS = ("backbone", "use_pretrained_backbone", "backbone_kwargs")
@@ -50,7 +51,7 @@ class MPFormerConfig(PreTrainedConfig):
         train_num_points: points sampled for matching and for each mask loss, >= 1.
         oversample_ratio: candidates for the importance sampling, as a multiple of `train_num_points`, >= 1.
         importance_sample_ratio: share of the points taken from the most uncertain candidates, in [0, 1].
-        init_std: standard deviation of plain linear and convolution layers of the initial model, >= 0.
+        init_std: accepted for compatibility, without effect on the model.
         init_xavier_std: gain of the Xavier initialisation.
         use_auxiliary_loss: supervise every level (True) or only the last one (False).
         feature_strides: strides of the backbone's outputs; (4, 8, 16, 32).
@@ -162,6 +163,8 @@ class MPFormerConfig(PreTrainedConfig):
             **kwargs,
         )
         super().__post_init__(**kwargs)
+        if self.label2id is None and self.id2label is not None:
+            self.label2id = {name: index for index, name in self.id2label.items()}
         # transformers runs the validators after this and wraps what they raise; callers are promised a ValueError.
         self.validate_architecture()
 
@@ -246,6 +249,10 @@ class MPFormerConfig(PreTrainedConfig):
         for name, minimum in at_least.items():
             if not getattr(self, name) >= minimum:
                 raise ValueError(f"`{name}` must be at least {minimum}, got {getattr(self, name)}.")
+        if self.activation_function not in ACT2FN:
+            raise ValueError(
+                f"`activation_function` must be one of {', '.join(sorted(ACT2FN))}, got {self.activation_function!r}."
+            )
         for name in ("importance_sample_ratio", "pilot_mask_noise_ratio", "pilot_label_noise_ratio", "dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")

@@ -3,6 +3,7 @@
 Axes: B images, Q queries, S cells of all levels, N heads, D channels of a head, L levels, K points.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -152,11 +153,16 @@ def ms_deform_attn_reference(
     return output.to(value.dtype)
 
 
+# The levels get a border of zeros this wide, and locations are clamped into it: then every corner of every sample exists, and
+# a sample that lies outside has the value and the derivative zero.
+BORDER = 2
+
+
 class _EmbeddingBagAttention(torch.autograd.Function):
-    """The operator on CPU: each output row is a bag of at most 4 * L * K weighted rows of `value`.
+    """The operator on CPU: each output row is a bag of 4 * L * K weighted rows of `value`.
 
     `embedding_bag` reads contiguous rows of D channels where `grid_sample` strides over channels, and nothing of the size
-    (D, Q, L * K) is ever stored. Corners outside the map keep a valid index and get the weight zero.
+    (D, Q, L * K) is ever stored.
     """
 
     @staticmethod
@@ -167,104 +173,109 @@ class _EmbeddingBagAttention(torch.autograd.Function):
         sampling_locations: Tensor,
         attention_weights: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(value, sampling_locations, attention_weights)
-        ctx.spatial_shapes = spatial_shapes  # type: ignore[attr-defined]
-        index, corner_weights = _find_corners(value.shape, spatial_shapes, sampling_locations)
-        corner_weights.mul_(attention_weights[..., None])
-        rows = value.to(corner_weights.dtype).reshape(-1, value.shape[-1])  # (B * S * N, D)
+        index, x_fraction, y_fraction = _find_corners(value.shape, spatial_shapes, sampling_locations)
+        weights = _bilinear_weights(x_fraction, y_fraction).mul_(attention_weights[..., None])
         num_bags = math.prod(sampling_locations.shape[:3])
         output = nn.functional.embedding_bag(
-            index.view(num_bags, -1), rows, per_sample_weights=corner_weights.view(num_bags, -1), mode="sum"
+            index.view(num_bags, -1),
+            _pad_levels(value.to(weights.dtype), spatial_shapes),
+            per_sample_weights=weights.view(num_bags, -1),
+            mode="sum",
         )
+        ctx.save_for_backward(value, sampling_locations, attention_weights, index, x_fraction, y_fraction)
+        ctx.spatial_shapes = spatial_shapes  # type: ignore[attr-defined]
         return output.view(*sampling_locations.shape[:3], -1).to(value.dtype)
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad_output: Tensor
     ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
-        value, locations, weights = ctx.saved_tensors  # type: ignore[attr-defined]
+        value, locations, weights, index, x_fraction, y_fraction = ctx.saved_tensors  # type: ignore[attr-defined]
         shapes = ctx.spatial_shapes  # type: ignore[attr-defined]
         grad_value = grad_locations = grad_weights = None
         grad_output = grad_output.to(locations.dtype).contiguous()
         if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:  # type: ignore[attr-defined]
-            grad_locations, grad_weights = _differentiate_samples(value, shapes, locations, weights, grad_output)
+            products = _multiply_corners(index, _pad_levels(value.to(grad_output.dtype), shapes), grad_output)
+            grad_weights = (products * _bilinear_weights(x_fraction, y_fraction)).sum(-1)
+            sizes = locations.new_tensor([(width, height) for height, width in shapes])[:, None, :]
+            grad_locations = _differentiate_bilinear(products, x_fraction, y_fraction) * sizes * weights[..., None]
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
             grad_value = _scatter_samples(value, shapes, locations, weights, grad_output)
         return grad_value, None, grad_locations, grad_weights
 
 
-def _axis_corners(position: Tensor, length: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Lower and upper cell of a position along one axis (clamped into the map), and 1 where that cell exists, else 0."""
-    # Converted to an index, NaN would lie outside of the map. The sample becomes NaN all the same, by its fractions.
-    low = position.floor().nan_to_num_()
-    low_exists = ((low >= 0) & (low < length)).to(position.dtype)
-    high_exists = ((low >= -1) & (low < length - 1)).to(position.dtype)
-    last = length - 1
-    return low.clamp(min=0).minimum(last), (low + 1).clamp(min=0).minimum(last), low_exists, high_exists
+def _pad_levels(value: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
+    """Put the border of zeros around each level: (B, S, N, D) to (B * S' * N, D)."""
+    levels = value.flatten(2).split([height * width for height, width in shapes], dim=1)
+    padded = [
+        nn.functional.pad(level.unflatten(1, shape), (0, 0, BORDER, BORDER, BORDER, BORDER)).flatten(1, 2)
+        for level, shape in zip(levels, shapes, strict=True)
+    ]
+    return torch.cat(padded, dim=1).view(-1, value.shape[-1])
 
 
 def _find_corners(
     value_shape: torch.Size, shapes: tuple[tuple[int, int], ...], locations: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Rows of the flattened value (B * S * N, D) that surround each location, and their bilinear weights.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Find the rows of `_pad_levels` around each location, and where it lies between them.
 
     Returns:
-        int32 or int64, and the locations' type; both (B, Q, N, L, K, 4), corners in the order (low y, low x), (low y,
-        high x), (high y, low x), (high y, high x).
+        Indices, int32 or int64, (B, Q, N, L, K, 4), corners in the order (low y, low x), (low y, high x), (high y, low x), (high
+        y, high x); and fractions in [0, 1) along x and y, (B, Q, N, L, K).
     """
-    batch_size, num_cells, num_heads, _ = value_shape
+    batch_size, _, num_heads, head_dim = value_shape
+    padded = [(height + 2 * BORDER, width + 2 * BORDER) for height, width in shapes]
+    num_rows = batch_size * sum(height * width for height, width in padded) * num_heads
+    index_type = torch.int32 if num_rows * head_dim < 2**31 else torch.int64
     sizes = locations.new_tensor([(width, height) for height, width in shapes])[:, None, :]  # (L, 1, 2)
-    width, height = sizes.unbind(-1)
-    x, y = (locations * sizes - 0.5).unbind(-1)
-    x_low, x_high, x_low_exists, x_high_exists = _axis_corners(x, width)
-    y_low, y_high, y_low_exists, y_high_exists = _axis_corners(y, height)
-    x_fraction, y_fraction = x - x.floor(), y - y.floor()
-    left, right = (1 - x_fraction) * x_low_exists, x_fraction * x_high_exists
-    top, bottom = (1 - y_fraction) * y_low_exists, y_fraction * y_high_exists
-    weights = torch.stack([top * left, top * right, bottom * left, bottom * right], dim=-1)
+    locations = locations.contiguous()
+    position = locations * sizes - 0.5
+    inside = torch.minimum(position.clamp(min=-BORDER), sizes)
+    low = inside.floor()
+    # What is not finite has no place in a table. The sample becomes NaN all the same, by its fractions.
+    x_fraction, y_fraction = (inside - low).add_(position.mul_(0)).unbind(-1)
+    x_low, y_low = low.nan_to_num_().to(index_type).unbind(-1)
 
-    index_type = torch.int32 if value_shape.numel() < 2**31 else torch.int64
-    first_cell = torch.tensor([0, *[h * w for h, w in shapes[:-1]]], dtype=index_type).cumsum(0, dtype=index_type)
-    image = torch.arange(batch_size, dtype=index_type) * num_cells
-    cell = image[:, None] + first_cell  # (B, L)
+    row_length = torch.tensor([width for _, width in padded], dtype=index_type)[:, None]  # (L, 1)
+    first_cell = torch.tensor([0, *itertools.accumulate(height * width for height, width in padded)], dtype=index_type)
+    image = torch.arange(batch_size, dtype=index_type) * first_cell[-1]
+    first_cell = image[:, None, None] + first_cell[:-1, None] + BORDER * row_length + BORDER  # (B, L, 1)
     head = torch.arange(num_heads, dtype=index_type)
-    offset = (cell[:, None, :] * num_heads + head[:, None])[:, None, :, :, None]  # (B, 1, N, L, 1)
-    row_low, row_high = y_low * width, y_high * width
-    cells = torch.stack([row_low + x_low, row_low + x_high, row_high + x_low, row_high + x_high], dim=-1)
-    return cells.to(index_type).mul_(num_heads).add_(offset[..., None]), weights
+    first_row = first_cell[:, None] * num_heads + head[:, None, None]  # (B, N, L, 1)
+    top_left = (y_low * row_length + x_low) * num_heads + first_row[:, None]
+    below = row_length * num_heads
+    steps = torch.stack([below * 0, below * 0 + num_heads, below, below + num_heads], dim=-1)  # (L, 1, 4)
+    return top_left[..., None] + steps, x_fraction, y_fraction
 
 
-def _differentiate_samples(
-    value: Tensor, shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor, grad_output: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the locations and of the attention weights, from one dot product per corner."""
-    index, bilinear = _find_corners(value.shape, shapes, locations)
-    num_bags, bag_size = math.prod(locations.shape[:3]), math.prod(bilinear.shape[3:])
-    head_dim = value.shape[-1]
+def _bilinear_weights(x_fraction: Tensor, y_fraction: Tensor) -> Tensor:
+    """Weights of the four corners, (..., 4)."""
+    bottom_right = x_fraction * y_fraction
+    top_right, bottom_left = x_fraction - bottom_right, y_fraction - bottom_right
+    return torch.stack([1 - x_fraction - bottom_left, top_right, bottom_left, bottom_right], dim=-1)
+
+
+def _multiply_corners(index: Tensor, rows: Tensor, grad_output: Tensor) -> Tensor:
+    """Dot product of each corner's row with the gradient of the output that it is part of, (B, Q, N, L, K, 4)."""
+    num_bags, bag_size = math.prod(index.shape[:3]), math.prod(index.shape[3:])
+    bags = torch.arange(num_bags, dtype=index.dtype)
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(  # noqa: SLF001 - operators are named so
-        grad_output.view(num_bags, head_dim),
-        value.to(grad_output.dtype).reshape(-1, head_dim),
+        grad_output.view(num_bags, -1),
+        rows,
         index.view(-1),
-        torch.arange(num_bags, dtype=index.dtype) * bag_size,
-        torch.arange(num_bags, dtype=index.dtype).repeat_interleave(bag_size),
+        bags * bag_size,
+        bags.repeat_interleave(bag_size),
         0,  # mode "sum"
-    ).view_as(bilinear)
-    grad_weights = (products * bilinear).sum(-1)
+    )
+    return products.view(index.shape)
 
-    sizes = locations.new_tensor([(width, height) for height, width in shapes])[:, None, :]
-    x, y = (locations * sizes - 0.5).unbind(-1)
-    width, height = sizes.unbind(-1)
-    _, _, x_low_exists, x_high_exists = _axis_corners(x, width)
-    _, _, y_low_exists, y_high_exists = _axis_corners(y, height)
-    x_fraction, y_fraction = x - x.floor(), y - y.floor()
+
+def _differentiate_bilinear(products: Tensor, x_fraction: Tensor, y_fraction: Tensor) -> Tensor:
+    """Derivatives along x and y of an interpolation between four corners, (..., 2)."""
     top_left, top_right, bottom_left, bottom_right = products.unbind(-1)
-    along_top = top_right * x_high_exists - top_left * x_low_exists
-    along_bottom = bottom_right * x_high_exists - bottom_left * x_low_exists
-    grad_x = along_top * (1 - y_fraction) * y_low_exists + along_bottom * y_fraction * y_high_exists
-    along_left = bottom_left * y_high_exists - top_left * y_low_exists
-    along_right = bottom_right * y_high_exists - top_right * y_low_exists
-    grad_y = along_left * (1 - x_fraction) * x_low_exists + along_right * x_fraction * x_high_exists
-    return torch.stack([grad_x, grad_y], dim=-1) * sizes * weights[..., None], grad_weights
+    along_top, along_left = top_right - top_left, bottom_left - top_left
+    twist = bottom_right - bottom_left - along_top
+    return torch.stack([along_top + twist * y_fraction, along_left + twist * x_fraction], dim=-1)
 
 
 def _scatter_samples(

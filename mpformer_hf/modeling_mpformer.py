@@ -15,7 +15,6 @@ pixel, as in the original: there is no padding mask, and results depend slightly
 Axes: B images, H W padded size, Q learnable queries, P pilot slots, N = P + Q, V levels, K classes, C channels.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -151,6 +150,10 @@ class MPFormerPreTrainedModel(PreTrainedModel):
             module.reset_parameters()  # PyTorch's default is the original's
         elif hasattr(module, "initialise_weights"):
             module.initialise_weights(self.config.init_xavier_std)  # type: ignore[operator] # torch types it as a tensor
+
+    def _initialize_weights(self, module: nn.Module, *_: bool) -> None:
+        """Visit every module: of custom code, transformers skips those without parameters of their own, such as our layers."""
+        super()._initialize_weights(module)
 
 
 class MPFormerModel(MPFormerPreTrainedModel):
@@ -298,6 +301,8 @@ class MPFormerForUniversalSegmentation(MPFormerPreTrainedModel):
         check_strides(backbone, name_or_folder)
         fields = {} if config is None else {k: v for k, v in config.to_dict().items() if k != "model_type"}
         fields.pop("num_labels", None)
+        if {"num_labels", "id2label"} & config_fields.keys():  # new classes have none of the old names
+            del fields["id2label"], fields["label2id"]
         config = MPFormerConfig(**{**fields, **config_fields, "backbone_config": backbone.config})
         model = cls(config)
         model.model.pixel_level_module.encoder.load_state_dict(backbone.state_dict())
@@ -424,13 +429,14 @@ class PixelLevelModule(nn.Module):
 
     def __init__(self, config: MPFormerConfig) -> None:
         super().__init__()
-        self.encoder = AutoBackbone.from_config(config.backbone_config)
+        backbone_config: Any = config.backbone_config
+        if backbone_config._attn_implementation == "sdpa":  # noqa: SLF001 - the only name transformers has for it
+            # Convolutional backbones refuse it; left to themselves, all others choose it.
+            backbone_config._attn_implementation = None  # noqa: SLF001
+        self.encoder = AutoBackbone.from_config(backbone_config)
         traced = trace_backbone(self.encoder)
         if traced is not None:
             raise_for_strides(traced.map_sizes, traced.image_size, self.encoder.config.model_type)
-            # Swin's last layer norm, for one: DDP would wait for its gradient.
-            for key in traced.unused_parameters:
-                self.encoder.get_parameter(key).requires_grad_(False)
         self.decoder = PixelDecoder(
             self.encoder.channels,
             feature_size=config.feature_size,
@@ -441,9 +447,18 @@ class PixelLevelModule(nn.Module):
             dropout=config.dropout,
         )
         self.freeze_norm = config.freeze_backbone_norm
-        if self.freeze_norm:
-            for parameter in itertools.chain.from_iterable(norm.parameters() for norm in self._backbone_norms()):
+        # Swin's last layer norm, for one: DDP would wait for its gradient.
+        self.unused_parameters = frozenset() if traced is None else frozenset(traced.unused_parameters)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        """Switch off the gradients of frozen batch norms and of parameters that have no part in the maps."""
+        for name, parameter in self.encoder.named_parameters():
+            if name in self.unused_parameters:
                 parameter.requires_grad_(False)
+        if self.freeze_norm:
+            for norm in self._backbone_norms():
+                norm.requires_grad_(False)
 
     def _backbone_norms(self) -> list[nn.Module]:
         return [module for module in self.encoder.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]  # noqa: SLF001
@@ -451,6 +466,7 @@ class PixelLevelModule(nn.Module):
     def train(self, mode: bool = True) -> "PixelLevelModule":
         """Set the mode; frozen batch norms stay in evaluation mode."""
         super().train(mode)
+        self._freeze()  # `from_pretrained` puts in new parameters and ends with `eval()`
         if self.freeze_norm:
             for norm in self._backbone_norms():
                 norm.eval()
@@ -511,8 +527,9 @@ class TransformerModule(nn.Module):
     ) -> tuple[DecoderOutput, SlotLayout | None]:
         """Decode, with pilot slots in training with targets."""
         decoder_features = self._prepare_features(features, pixel_embedding)
-        queries = self.queries_features.weight.expand(len(pixel_embedding), -1, -1)
-        layout = self._lay_out(targets, pixel_embedding.device)
+        device = pixel_embedding.device
+        queries = look_up(self.queries_features, device).expand(len(pixel_embedding), -1, -1)
+        layout = self._lay_out(targets, device)
         pilot = None
         if layout is not None and targets is not None:
             pilot = self._make_pilot(layout, targets, decoder_features.sizes)
@@ -526,7 +543,7 @@ class TransformerModule(nn.Module):
             queries = queries + 0.0 * self.pilot_label_embedder.weight.sum()
         decoded = self.decoder(
             queries,
-            self.queries_embedder.weight if self.config.query_position_embedding else None,
+            look_up(self.queries_embedder, device) if self.config.query_position_embedding else None,
             decoder_features,
             pilot=pilot,
             output_attentions=output_attentions,
@@ -536,8 +553,9 @@ class TransformerModule(nn.Module):
 
     def _prepare_features(self, features: tuple[Tensor, ...], pixel_embedding: Tensor) -> DecoderFeatures:
         values, positions, sizes = [], [], []
+        level_embeddings = look_up(self.level_embed, pixel_embedding.device)
         for level, (feature, project) in enumerate(zip(features, self.input_projections, strict=True)):
-            cells = project(feature).flatten(2).transpose(1, 2) + self.level_embed.weight[level]
+            cells = project(feature).flatten(2).transpose(1, 2) + level_embeddings[level]
             height, width = feature.shape[2:]
             values.append(cells)
             positions.append(sine_position_embedding(height, width, cells.shape[2], cells.dtype, cells.device))
@@ -578,6 +596,11 @@ class TransformerModule(nn.Module):
             ),
             num_layers=config.decoder_layers - 1 if config.pilot_layers is None else config.pilot_layers,
         )
+
+
+def look_up(embedding: nn.Embedding, device: torch.device) -> Tensor:
+    """All rows of an embedding, (rows, C). By a call: under a device map, an offloaded weight exists during the call alone."""
+    return embedding(torch.arange(embedding.num_embeddings, device=device))
 
 
 def predict_masks(mask_embeddings: Tensor, pixel_embedding: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import ImageSegmentationPipeline
+from transformers.utils.generic import ModelOutput
 
 
 class MPFormerImageSegmentationPipeline(ImageSegmentationPipeline):
@@ -18,12 +19,15 @@ class MPFormerImageSegmentationPipeline(ImageSegmentationPipeline):
     as documented there. Thresholds that are not given are the pipeline's (0.9, 0.5 and 0.5), not the image processor's.
     """
 
-    def preprocess(self, image: Any, subtask: str | None = None, timeout: float | None = None) -> dict[str, Any]:  # noqa: ANN401
+    # The signatures are those of the parent, which differ from those of its own base.
+    def preprocess(  # type: ignore[override]
+        self, image: object, subtask: str | None = None, timeout: float | None = None
+    ) -> dict[str, Any]:
         """Prepare one image; its tensors go into lists, which the data loader leaves alone."""
         inputs = super().preprocess(image, subtask=subtask, timeout=timeout)
         return {name: [value] if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
-    def _forward(self, model_inputs: dict[str, Any]) -> Any:  # noqa: ANN401
+    def _forward(self, model_inputs: dict[str, Any]) -> ModelOutput:  # type: ignore[override]
         padded = {
             name: pad_to_largest(value) if name.startswith("pixel_") else value for name, value in model_inputs.items()
         }

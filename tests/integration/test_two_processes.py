@@ -23,7 +23,7 @@ from mpformer_hf.target_checks import check_targets
 from tests.factories import random_batch, tiny_model
 
 NUM_PROCESSES = 2
-SECONDS_TO_WAIT = 120
+SECONDS_TO_WAIT = 200
 SIZE = (64, 64)
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -79,8 +79,10 @@ def cut_batch(name: str, rank: int, num_processes: int) -> Results:
 
 def train(model: nn.Module, name: str, rank: int, num_processes: int) -> Results:
     """One step without an update."""
+    batch = cut_batch(name, rank, num_processes)
     model.zero_grad()
-    outputs = model(**cut_batch(name, rank, num_processes), output_auxiliary_logits=True)
+    with same_points_everywhere():
+        outputs = model(**batch, output_auxiliary_logits=True)
     outputs.loss.backward()
     slots = outputs.pilot_class_queries_logits
     parameters = (model.module if isinstance(model, DistributedDataParallel) else model).named_parameters()
@@ -115,7 +117,7 @@ def evaluate(rank: int, *, with_labels: bool) -> float | None:
     batch = cut_batch("even", rank, NUM_PROCESSES)
     if not with_labels:
         batch = {"pixel_values": batch["pixel_values"]}
-    with torch.no_grad():
+    with torch.no_grad(), same_points_everywhere():
         loss = make_model().eval()(**batch).loss
     return None if loss is None else loss.item()
 
@@ -132,13 +134,12 @@ def run_process(rank: int, folder: Path) -> None:
         world_size=NUM_PROCESSES,
         timeout=timedelta(seconds=SECONDS_TO_WAIT // 2),
     )
-    with same_points_everywhere():
-        results = {
-            "trained": train_all(rank, NUM_PROCESSES),
-            "num_masks": count_masks((4, 12)[rank], training=True),
-            "num_masks_in_evaluation": count_masks((4, 12)[rank], training=False),
-            "evaluated": evaluate(rank, with_labels=rank == 0),
-        }
+    results = {
+        "trained": train_all(rank, NUM_PROCESSES),
+        "num_masks": count_masks((4, 12)[rank], training=True),
+        "num_masks_in_evaluation": count_masks((4, 12)[rank], training=False),
+        "evaluated": evaluate(rank, with_labels=rank == 0),
+    }
     distributed.barrier()
     torch.save(results, folder / f"{rank}.pt")
     distributed.destroy_process_group()
@@ -167,8 +168,7 @@ def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
 @pytest.fixture(scope="module")
 def one_process() -> Results:
     """The whole batch in this process."""
-    with same_points_everywhere():
-        return train_all(0, 1)
+    return train_all(0, 1)
 
 
 @pytest.mark.parametrize(("config", "batch"), CASES)
@@ -232,7 +232,6 @@ def test_both_processes_have_the_slots_of_the_image_with_the_most_segments(
 
 def test_evaluation_with_labels_on_one_process_waits_for_nobody(two_processes: list[Results]):
     """That both processes came to an end says that nothing hung; the loss is that of a process alone."""
-    with same_points_everywhere():
-        alone = evaluate(0, with_labels=True)
+    alone = evaluate(0, with_labels=True)
     assert two_processes[0]["evaluated"] == pytest.approx(alone, rel=1e-5)
     assert two_processes[1]["evaluated"] is None

@@ -21,6 +21,7 @@ from tests.parity.golden_cases import (
     GoldenCase,
     SeenByDecoder,
     build_model,
+    detectron2_frozen_batch_norm,
     fixed_random_points,
     load_case,
     our_loss_name,
@@ -31,6 +32,10 @@ from tests.parity.golden_cases import (
 )
 
 LOSS_RTOL = 1e-4
+
+# Points are chosen by the order of their logits. Where two are equal but for rounding, another machine may keep the other one; with
+# another label it changes one mask's loss by about this number, divided by the number of points.
+SWAPPED_POINT = 2.0
 GRADIENT_RTOL, GRADIENT_ATOL = 2e-3, 1e-5
 NUM_SEEDS = 8
 
@@ -91,6 +96,7 @@ def train(name: str, variant: str) -> TrainingStep:
     matched = []
     with (
         fixed_random_points(case.train["fixed_points"]),
+        detectron2_frozen_batch_norm(),
         watch_decoder(model) as seen,
         recorded_results(mask_losses, "assign", lambda result, costs: matched.append((costs, result))),
     ):
@@ -197,7 +203,14 @@ def test_every_loss_term_is_that_of_the_original(name, variant):
     terms = {key: value.item() for key, value in step.output.loss_dict.items()}
     if variant == "dn0":  # the original reports the terms of the missing part as zeros; ours has none
         expected = {key: value for key, value in expected.items() if "pilot" not in key or value}
-    assert terms == {key: pytest.approx(value, rel=LOSS_RTOL, abs=1e-12) for key, value in expected.items()}
+    num_masks, num_points = sum(step.facts["n_instances"]), len(step.case.train["fixed_points"]) // 3
+    swap = {
+        our_loss_name(key): 0
+        if "ce" in key.split("_") or not num_masks
+        else weight * SWAPPED_POINT / num_points / num_masks
+        for key, weight in weights.items()
+    }
+    assert terms == {key: pytest.approx(value, rel=LOSS_RTOL, abs=swap[key]) for key, value in expected.items()}
 
 
 @each_step

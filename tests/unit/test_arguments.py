@@ -141,7 +141,11 @@ def test_a_missing_setting_is_asked_for(write_recipe):
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [(None, r"nowhere.yaml cannot be read: No such file"), ("- a\n- b\n", "must hold lines of the form"), ("", "NoneType")],
+    [
+        (None, r"nowhere.yaml cannot be read: No such file"),
+        ("- a\n- b\n", "must hold lines of the form"),
+        ("", "NoneType"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_refused(write_recipe, tmp_path, text, sentence):
     path = str(tmp_path / "nowhere.yaml") if text is None else write_recipe(text)

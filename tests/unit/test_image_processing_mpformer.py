@@ -13,6 +13,7 @@ import torch
 from pycocotools import mask as pycocotools_mask
 from torch import Tensor
 from transformers import Mask2FormerImageProcessor
+from transformers.models.eomt.modeling_eomt import EomtForUniversalSegmentationOutput
 from transformers.models.mask2former.modeling_mask2former import Mask2FormerForUniversalSegmentationOutput
 from transformers.models.maskformer.modeling_maskformer import MaskFormerForInstanceSegmentationOutput
 
@@ -682,7 +683,14 @@ def test_the_valid_size_of_the_outputs_crops_the_padding_away() -> None:
     assert not (result["segmentation"][:, 82:] == 1).any()
 
 
-@pytest.mark.parametrize("output", [Mask2FormerForUniversalSegmentationOutput, MaskFormerForInstanceSegmentationOutput])
+@pytest.mark.parametrize(
+    "output",
+    [
+        Mask2FormerForUniversalSegmentationOutput,
+        MaskFormerForInstanceSegmentationOutput,
+        EomtForUniversalSegmentationOutput,
+    ],
+)
 def test_outputs_of_transformers_own_models_are_served(output: type) -> None:
     ours = two_objects()
     theirs = output(class_queries_logits=ours.class_queries_logits, masks_queries_logits=ours.masks_queries_logits)

@@ -232,6 +232,22 @@ def test_every_float_type_is_computed_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(low.masks, full.masks)
 
 
+@pytest.mark.gpu
+def test_results_on_a_gpu_are_those_of_the_cpu() -> None:
+    classes, masks = random_logits()
+    sizes = {"image_sizes": [VALID] * 2, "target_sizes": [TARGET] * 2}
+    for function, field in (
+        (semantic_segmentation, "segmentation"),
+        (instance_segmentation, "masks"),
+        (panoptic_segmentation, "segmentation"),
+    ):
+        for cpu, gpu in zip(
+            function(classes, masks, **sizes), function(classes.cuda(), masks.cuda(), **sizes), strict=True
+        ):
+            assert getattr(gpu, field).is_cuda
+            assert shares_agreeing(getattr(cpu, field), getattr(gpu, field).cpu()) > 0.999
+
+
 # A perfect predictor: the promises of this package where transformers' Mask2Former breaks them
 
 
