@@ -14,6 +14,7 @@ from transformers import (
 from .configuration_mpformer import MPFormerConfig
 from .image_processing_mpformer import MPFormerImageProcessor
 from .modeling_mpformer import MPFormerForUniversalSegmentation, MPFormerModel
+from .pipeline_mpformer import MPFormerImageSegmentationPipeline
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "MPFormerConfig",
     "MPFormerForUniversalSegmentation",
     "MPFormerImageProcessor",
+    "MPFormerImageSegmentationPipeline",
     "MPFormerModel",
     "__version__",
 ]

@@ -164,7 +164,7 @@ class MPFormerConfig(PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
         if self.label2id is None and self.id2label is not None:
-            self.label2id = {name: index for index, name in self.id2label.items()}
+            self.label2id = {str(name): int(index) for index, name in self.id2label.items()}
         # transformers runs the validators after this and wraps what they raise; callers are promised a ValueError.
         self.validate_architecture()
 

@@ -345,15 +345,17 @@ class MPFormerImageProcessor(TorchvisionBackend):
             threshold: least score (class probability times mean mask probability) of an instance.
             mask_threshold: a pixel belongs to a mask where its probability is above this.
             overlap_mask_area_threshold: least share of its own area that an instance keeps when higher scores take the
-                pixels that they cover; others are dropped. 0 keeps all.
+                pixels that they cover; others are dropped. 0, and `None` without a preset, keep all: one object in
+                front of another is no error.
             target_sizes: (height, width) of each result; `None`: the size of each image after resizing, without
                 padding.
             return_coco_annotation: `segmentation` is a list of compressed COCO run lengths, one for each instance.
             return_binary_maps: `segmentation` is the tensor `masks`.
             top_k: pairs of query and class that are taken, before any threshold.
             label_ids_to_fuse: stuff classes, which have no instances.
-            preset: "display" (as `None`) takes the fields; "evaluation" takes the `top_k` field, as average precision
-                wants it, and no threshold of score or overlap. An argument that is given wins.
+            preset: "display" takes the fields, `None` takes them but for that of overlap; "evaluation" takes the `top_k`
+                field, as average precision wants it, and no threshold of score or overlap. An argument that is given
+                wins.
 
         Returns:
             For each image a dict:
@@ -372,17 +374,16 @@ class MPFormerImageProcessor(TorchvisionBackend):
             raise ValueError(
                 f"`preset` must be one of {', '.join(map(repr, INSTANCE_PRESETS))} or None, got {preset!r}."
             )
-        unfiltered = preset == "evaluation"
+        if overlap_mask_area_threshold is None:
+            overlap_mask_area_threshold = self.overlap_mask_area_threshold if preset == "display" else 0.0
         predictions = instance_segmentation(
             outputs.class_queries_logits,
             outputs.masks_queries_logits,
             getattr(outputs, "image_sizes", None),
             target_sizes,
-            score_threshold=threshold if unfiltered else self._or_field("score_threshold", threshold),
+            score_threshold=threshold if preset == "evaluation" else self._or_field("score_threshold", threshold),
             mask_threshold=self._or_field("mask_threshold", mask_threshold),
-            overlap_mask_area_threshold=(overlap_mask_area_threshold or 0.0)
-            if unfiltered
-            else self._or_field("overlap_mask_area_threshold", overlap_mask_area_threshold),
+            overlap_mask_area_threshold=overlap_mask_area_threshold,
             top_k=self._or_field("top_k", top_k),
             label_ids_to_drop=self._or_field("label_ids_to_fuse", label_ids_to_fuse),
         )

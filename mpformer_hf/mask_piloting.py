@@ -275,6 +275,7 @@ class PilotMasks:
         no_masks = [layout.slot_index.new_zeros(0, height * width, dtype=torch.bool) for height, width in sizes]
         return cls(*shared, pooled_masks=tuple(torch.cat(level) for level in zip(no_masks, *pooled, strict=True)))
 
+    @torch.compiler.disable  # every new number of segments would be another graph
     def draw_attention_mask(self, level: int, generator: torch.Generator | None = None) -> Tensor:
         """Cross-attention mask of the pilot slots on one feature level, with fresh noise for every segment and group.
 

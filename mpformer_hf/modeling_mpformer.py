@@ -16,6 +16,7 @@ Axes: B images, H W padded size, Q learnable queries, P pilot slots, N = P + Q, 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,9 +156,32 @@ class MPFormerPreTrainedModel(PreTrainedModel):
         """Visit every module: of custom code, transformers skips those without parameters of their own, such as our layers."""
         super()._initialize_weights(module)
 
+    def enable_input_require_grads(self) -> None:
+        """Let gradients pass checkpointed layers behind frozen weights. PEFT calls this for a model with gradient checkpointing.
+
+        The images ask for the gradient: transformers' own way needs one tensor of input embeddings, which no backbone has.
+        """
+        self.disable_input_require_grads()
+
+        def require_gradient(_: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(tensor.detach().requires_grad_(torch.is_grad_enabled()) for tensor in images)
+
+        self._require_grads_hooks = [
+            module.register_forward_pre_hook(require_gradient)
+            for module in self.modules()
+            if isinstance(module, PixelLevelModule)
+        ]
+
 
 class MPFormerModel(MPFormerPreTrainedModel):
     """Backbone, pixel decoder and transformer decoder, without the class head."""
+
+    # Files of the whole model hold the class head and the criterion too.
+    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+        r"pilot_label_embedder\.weight",
+        r"class_predictor\.",
+        r"criterion\.empty_weight",
+    ]
 
     def __init__(self, config: MPFormerConfig) -> None:
         super().__init__(config)
@@ -299,10 +323,10 @@ class MPFormerForUniversalSegmentation(MPFormerPreTrainedModel):
         """
         backbone = load_pretrained_backbone(name_or_folder)
         check_strides(backbone, name_or_folder)
-        fields = {} if config is None else {k: v for k, v in config.to_dict().items() if k != "model_type"}
-        fields.pop("num_labels", None)
+        replaced = {"model_type", "num_labels"}
         if {"num_labels", "id2label"} & config_fields.keys():  # new classes have none of the old names
-            del fields["id2label"], fields["label2id"]
+            replaced |= {"id2label", "label2id"}
+        fields = {} if config is None else {k: v for k, v in config.to_dict().items() if k not in replaced}
         config = MPFormerConfig(**{**fields, **config_fields, "backbone_config": backbone.config})
         model = cls(config)
         model.model.pixel_level_module.encoder.load_state_dict(backbone.state_dict())
@@ -433,7 +457,13 @@ class PixelLevelModule(nn.Module):
         if backbone_config._attn_implementation == "sdpa":  # noqa: SLF001 - the only name transformers has for it
             # Convolutional backbones refuse it; left to themselves, all others choose it.
             backbone_config._attn_implementation = None  # noqa: SLF001
-        self.encoder = AutoBackbone.from_config(backbone_config)
+        try:
+            self.encoder = AutoBackbone.from_config(backbone_config)
+        except ValueError as error:
+            raise ValueError(
+                f"`{backbone_config.model_type}` cannot be built as a backbone with four maps of strides "
+                f"{', '.join(map(str, FEATURE_STRIDES))}, as ResNet, Swin and ConvNeXt can: {error}"
+            ) from error
         traced = trace_backbone(self.encoder)
         if traced is not None:
             raise_for_strides(traced.map_sizes, traced.image_size, self.encoder.config.model_type)
@@ -529,18 +559,12 @@ class TransformerModule(nn.Module):
         decoder_features = self._prepare_features(features, pixel_embedding)
         device = pixel_embedding.device
         queries = look_up(self.queries_features, device).expand(len(pixel_embedding), -1, -1)
-        layout = self._lay_out(targets, device)
-        pilot = None
-        if layout is not None and targets is not None:
-            pilot = self._make_pilot(layout, targets, decoder_features.sizes)
-        if (
-            self.training
-            and self.config.mask_piloting
-            and targets is not None
-            and (layout is None or not layout.num_segments)
-        ):
-            # DDP wants every parameter in every step's graph.
-            queries = queries + 0.0 * self.pilot_label_embedder.weight.sum()
+        layout, pilot = None, None
+        if self.training and self.config.mask_piloting and targets is not None:
+            layout, pilot = self._make_pilot(targets, decoder_features.sizes, device)
+            if layout is None or not layout.num_segments:
+                # DDP wants every parameter in every step's graph.
+                queries = queries + 0.0 * self.pilot_label_embedder.weight.sum()
         decoded = self.decoder(
             queries,
             look_up(self.queries_embedder, device) if self.config.query_position_embedding else None,
@@ -562,11 +586,9 @@ class TransformerModule(nn.Module):
             sizes.append((height, width))
         return DecoderFeatures(values, positions, sizes, pixel_embedding)
 
-    def _lay_out(self, targets: Targets | None, device: torch.device) -> SlotLayout | None:
-        """Slots of this step; `None` outside of training, without piloting, and when no group fits."""
+    def _lay_out(self, targets: Targets, device: torch.device) -> SlotLayout | None:
+        """Slots of this step; `None` when no group fits."""
         config = self.config
-        if targets is None or not self.training or not config.mask_piloting:
-            return None
         max_targets = maximum_over_processes(max(targets.num_segments, default=0), device)
         num_groups = count_pilot_groups(max_targets, config.pilot_groups, config.pilot_query_budget)
         if num_groups == 0:
@@ -580,17 +602,22 @@ class TransformerModule(nn.Module):
             return None
         return lay_out_slots(targets.num_segments, num_groups, max_targets, device)
 
-    def _make_pilot(self, layout: SlotLayout, targets: Targets, sizes: list[tuple[int, int]] | Any) -> Pilot:  # noqa: ANN401
+    @torch.compiler.disable  # every new number of segments would be another graph
+    def _make_pilot(
+        self, targets: Targets, sizes: Sequence[tuple[int, int]], device: torch.device
+    ) -> tuple[SlotLayout | None, Pilot | None]:
+        """The pilot slots of this step; both `None` when no group fits."""
         config = self.config
+        layout = self._lay_out(targets, device)
+        if layout is None:
+            return None, None
         noise = PilotNoise(config.pilot_mask_noise, config.pilot_mask_noise_ratio, config.pilot_noise_per_head)
         queries = embed_pilot_labels(
             torch.cat(targets.class_labels), self.pilot_label_embedder.weight, layout, config.pilot_label_noise_ratio
         )
-        return Pilot(
+        return layout, Pilot(
             queries=queries,
-            self_attention_mask=isolate_pilot_groups(
-                layout.num_groups, layout.max_targets, config.num_queries, queries.device
-            ),
+            self_attention_mask=isolate_pilot_groups(layout.num_groups, layout.max_targets, config.num_queries, device),
             masks=PilotMasks.prepare(
                 targets.mask_labels, targets.padded_size, sizes, layout, noise, num_heads=config.num_attention_heads
             ),
@@ -652,14 +679,18 @@ def load_pretrained_backbone(name_or_folder: str) -> PreTrainedModel:
 def _load_timm_backbone(name: str) -> PreTrainedModel:
     if not is_timm_available():
         raise ImportError(f"`timm:{name}` needs timm, which is not installed. Run `pip install timm`.")
-    from transformers import TimmBackbone  # noqa: PLC0415 - needs timm
+    from transformers import TimmBackbone, TimmBackboneConfig  # noqa: PLC0415 - needs timm
 
     with torch.device("meta"):
         reductions = timm.create_model(name, features_only=True).feature_info.reduction()  # type: ignore[operator, union-attr]
     indices = [reductions.index(stride) for stride in FEATURE_STRIDES if stride in reductions]
     if len(indices) != len(FEATURE_STRIDES):
         raise ValueError(_strides_message(f"timm:{name}", reductions))
-    return TimmBackbone.from_pretrained(name, out_indices=indices)
+    # Not `TimmBackbone.from_pretrained`: it sets the statistics of batch norms to 0 and 1 after timm has loaded them.
+    backbone = TimmBackbone(TimmBackboneConfig(backbone=name, out_indices=indices))
+    pretrained = timm.create_model(name, pretrained=True, features_only=True, out_indices=indices)
+    backbone._backbone.load_state_dict(pretrained.state_dict())  # noqa: SLF001 - the only name transformers has for it
+    return backbone
 
 
 def check_strides(backbone: nn.Module, name: str) -> None:
@@ -706,6 +737,11 @@ def trace_backbone(backbone: nn.Module) -> TracedBackbone | None:
 def raise_for_strides(sizes: list[tuple[int, int]], image_size: tuple[int, int], name: str) -> None:
     """Refuse maps whose sizes are not those of strides 4, 8, 16 and 32."""
     expected = [tuple(math.ceil(length / stride) for length in image_size) for stride in FEATURE_STRIDES]
+    if sizes != expected and sizes == [tuple(length // stride for length in image_size) for stride in FEATURE_STRIDES]:
+        raise ValueError(
+            f"Expected images whose height and width are multiples of {FEATURE_STRIDES[-1]}, because `{name}` cuts off the rest, "
+            f"got {image_size[0]}x{image_size[1]}. Pad them (the image processor does)."
+        )
     if sizes != expected:
         strides = [round(image_size[0] / height) if height else 0 for height, _ in sizes]
         raise ValueError(_strides_message(name, strides))

@@ -70,6 +70,7 @@ def measure_images(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
     return torch.stack([valid.any(dim=2).sum(dim=1), valid.any(dim=1).sum(dim=1)], dim=1)
 
 
+@torch.compiler.disable  # every new number of segments would be another graph
 def check_targets(
     pixel_values: Tensor,
     image_sizes: Tensor | None,

@@ -288,7 +288,7 @@ def test_a_run_that_is_killed_while_it_saves_leaves_no_model_and_the_next_one_no
 @pytest.mark.slow
 def test_two_processes_train_and_score_together(recipe, tmp_path):
     # Accelerate starts several processes on CPUs only through MPI, but joins those that torchrun has started.
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     output_dir = tmp_path / "out"
     words = ["training/train.py", recipe, "--output_dir", str(output_dir), "--max_steps", "2"]
     program = start_program(*launch, *words, ACCELERATE_USE_CPU="true")

@@ -137,6 +137,7 @@ def run_process(rank: int, folder: Path) -> None:
     results = {
         "trained": train_all(rank, NUM_PROCESSES),
         "num_masks": count_masks((4, 12)[rank], training=True),
+        "num_masks_of_one_segment": count_masks((1, 0)[rank], training=True),
         "num_masks_in_evaluation": count_masks((4, 12)[rank], training=False),
         "evaluated": evaluate(rank, with_labels=rank == 0),
     }
@@ -209,6 +210,10 @@ def test_gradients_are_not_zero(batch: str, one_process: Results):
 def test_the_number_of_masks_is_summed_over_processes_and_divided_once(two_processes: list[Results]):
     """transformers' Mask2Former divides 4 and 12 masks by the number of processes twice: 4."""
     assert [results["num_masks"] for results in two_processes] == [8.0, 8.0]
+
+
+def test_a_single_segment_is_divided_by_one_and_not_by_its_half(two_processes: list[Results]):
+    assert [results["num_masks_of_one_segment"] for results in two_processes] == [1.0, 1.0]
 
 
 def test_evaluation_counts_its_own_masks(two_processes: list[Results]):

@@ -192,7 +192,8 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
     plain = {name: value.contiguous() for name, value in tensors.items() if name not in packed}
     bits = {f"{name}.bits": torch.from_numpy(np.packbits(value.bool().numpy())) for name, value in packed.items()}
     layout = {name: f"{value.dtype} {list(value.shape)}".removeprefix("torch.") for name, value in packed.items()}
-    save_file(plain | bits, file, metadata=layout)
+    # One entry: the order of several would differ from run to run, and the files with it.
+    save_file(plain | bits, file, metadata={"packed": json.dumps(layout)} if layout else None)
 
 
 def is_target_mask(name: str) -> bool:

@@ -125,7 +125,7 @@ def load_case(name: str) -> GoldenCase:
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Read tensors and unpack the masks that `cut_goldens.write_tensors` stored as bits."""
     with safe_open(file, framework="pt") as handle:
-        layout = handle.metadata() or {}
+        layout = json.loads((handle.metadata() or {}).get("packed", "{}"))
         tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a dict)
     for name, description in layout.items():
         dtype, shape = description.split(" ", maxsplit=1)

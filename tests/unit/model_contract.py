@@ -312,8 +312,9 @@ class ModelContract:
         model = self.make_model(backbone)
         torch.manual_seed(1)
         with torch.no_grad():
-            for weight in model.parameters():
-                weight.copy_(torch.rand_like(weight) - 0.5)  # nothing that an initialisation would make again
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.is_floating_point():
+                    tensor.copy_(torch.rand_like(tensor) + 0.5)  # nothing that an initialisation would make again
         model.save_pretrained(tmp_path)
         with recorded_log() as log:
             loaded = self.model_class.from_pretrained(tmp_path)

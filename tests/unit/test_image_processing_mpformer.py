@@ -578,9 +578,10 @@ def test_an_unknown_preset_is_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "arguments", "labels"),
     [
-        ({}, {}, [0]),  # the second keeps 24 of its 40 columns, less than 0.8
-        ({}, {"preset": "display"}, [0]),
-        ({"overlap_mask_area_threshold": 0.5}, {}, [0, 1]),
+        ({}, {}, [0, 1]),  # one object in front of another is no error
+        ({}, {"preset": "display"}, [0]),  # the second keeps 24 of its 40 columns, less than 0.8
+        ({"overlap_mask_area_threshold": 0.5}, {"preset": "display"}, [0, 1]),
+        ({}, {"overlap_mask_area_threshold": 0.8}, [0]),
         ({}, {"overlap_mask_area_threshold": 0.5}, [0, 1]),
         ({"overlap_mask_area_threshold": 0.5, "score_threshold": 0.85}, {}, [0]),
         ({"overlap_mask_area_threshold": 0.5}, {"threshold": 0.85}, [0]),

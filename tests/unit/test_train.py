@@ -132,10 +132,14 @@ def test_a_complete_folder_takes_the_place_of_the_one_before(tmp_path):
 def test_a_failure_while_saving_leaves_what_was_there_before(tmp_path, stop):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "old").write_text("old")
-    with pytest.raises(stop):  # noqa: PT012 - the failure must come from inside
+
+    def fail() -> None:
         with complete_or_nothing(tmp_path / "model") as folder:
             (folder / "weights").write_text("half")
             raise stop
+
+    with pytest.raises(stop):
+        fail()
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/old"]
 
 
