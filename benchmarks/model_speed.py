@@ -12,7 +12,6 @@ Measured:
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,7 +29,6 @@ from tqdm.auto import tqdm
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
 from mpformer_hf import MPFormerConfig, MPFormerForUniversalSegmentation
-from mpformer_hf.target_checks import check_targets
 
 MODELS = ("transformers", "mpformer", "mpformer_piloted")
 
@@ -89,8 +87,8 @@ def set_training(model: nn.Module) -> None:
             module.eval()
 
 
-def make_targets(setting: Setting) -> dict[str, list[Tensor]]:
-    """Overlapping rectangles; each model gets the type that its image processor returns' model takes no others."""
+def make_targets(name: str, setting: Setting) -> dict[str, list[Tensor]]:
+    """Overlapping rectangles, in the type that each model's image processor returns: float, and bool for ours."""
     generator = torch.Generator().manual_seed(1)
     size, masks, labels = setting.image_size, [], []
     for _ in range(setting.batch_size):
@@ -98,8 +96,10 @@ def make_targets(setting: Setting) -> dict[str, list[Tensor]]:
         corners = (torch.rand(setting.num_segments, 2, generator=generator) * size * 0.7).long().tolist()
         for mask, (top, left) in zip(image, corners, strict=True):
             mask[top : top + size // 4, left : left + size // 4] = 1
-        masks.append(image.to(setting.device))
-        labels.append(torch.randint(setting.num_labels, (setting.num_segments,), generator=generator).to(setting.device))
+        masks.append((image if name == "transformers" else image.bool()).to(setting.device))
+        labels.append(
+            torch.randint(setting.num_labels, (setting.num_segments,), generator=generator).to(setting.device)
+        )
     return {"mask_labels": masks, "class_labels": labels}
 
 
@@ -122,7 +122,7 @@ def make_training(name: str, setting: Setting) -> Callable[[], None]:
     """Forward and backward of a batch."""
     model = make_model(name, setting)
     set_training(model)
-    targets = make_targets(setting)
+    targets = make_targets(name, setting)
     images = torch.randn(setting.batch_size, 3, setting.image_size, setting.image_size, device=setting.device)
 
     def run() -> None:
@@ -136,7 +136,7 @@ def make_decoder(name: str, setting: Setting) -> Callable[[], None]:
     """Decoder, heads and losses on given features, forward and backward; gradients of the features included."""
     model = make_model(name, setting)
     set_training(model)
-    targets = make_targets(setting)
+    targets = make_targets(name, setting)
     size, batch, channels = setting.image_size, setting.batch_size, model.config.feature_size
     features = [
         torch.randn(batch, channels, size // stride, size // stride, device=setting.device, requires_grad=True)
@@ -259,8 +259,7 @@ class PeakMemory:
         """Stop watching; bytes at the peak."""
         self.running = False
         self.thread.join()
-        high_water = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return max(self.largest, 0 if high_water < self.largest else self.largest)
+        return self.largest
 
 
 def measure(setting: Setting, repeats: int, decoder_segments: int) -> dict[str, Any]:
@@ -318,6 +317,7 @@ def main() -> None:
     text = json.dumps(result, indent=2)
     print(text)
     if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(text + "\n")
 
 

@@ -687,7 +687,7 @@ def _load_timm_backbone(name: str) -> PreTrainedModel:
     if len(indices) != len(FEATURE_STRIDES):
         raise ValueError(_strides_message(f"timm:{name}", reductions))
     # Not `TimmBackbone.from_pretrained`: it sets the statistics of batch norms to 0 and 1 after timm has loaded them.
-    backbone = TimmBackbone(TimmBackboneConfig(backbone=name, out_indices=indices))
+    backbone = TimmBackbone(TimmBackboneConfig(backbone=name, out_indices=indices))  # type: ignore[call-arg] # a property
     pretrained = timm.create_model(name, pretrained=True, features_only=True, out_indices=indices)
     backbone._backbone.load_state_dict(pretrained.state_dict())  # noqa: SLF001 - the only name transformers has for it
     return backbone

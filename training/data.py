@@ -93,6 +93,7 @@ class DigitScenes:
         image_size: int | Sequence[int] = 128,
         num_images: int = 1000,
         seed: int = 0,
+        tell_digits_apart: bool = True,
     ) -> None:
         """Describe the scenes; nothing is drawn yet.
 
@@ -105,6 +106,8 @@ class DigitScenes:
                 size of 24 to 64 pixels, so a larger image has more of them.
             num_images: number of scenes, >= 0. Scenes are drawn when read, so a large number costs nothing.
             seed: of all scenes, >= 0. Another seed is another data set.
+            tell_digits_apart: ten thing classes, `0` to `9` (True), or a single one, `digit` (False): the scenes are the
+                same, but what is to be learnt is to find and separate digits, not to read them.
         """
         _require_choice("split", split, SPLITS)
         _require_choice("task", task, TASKS)
@@ -117,9 +120,10 @@ class DigitScenes:
         self.image_size = _height_and_width(image_size)
         self.num_images = num_images
         self.seed = seed
-        self.thing_ids = tuple(range(NUM_DIGITS))
-        self.stuff_ids = () if task == "instance" else tuple(NUM_DIGITS + number for number in range(len(PHOTOGRAPHS)))
-        self.id2label = {class_id: CLASS_NAMES[class_id] for class_id in (*self.thing_ids, *self.stuff_ids)}
+        things = tuple(map(str, range(NUM_DIGITS))) if tell_digits_apart else ("digit",)
+        self.thing_ids = tuple(range(len(things)))
+        self.stuff_ids = () if task == "instance" else tuple(len(things) + number for number in range(len(PHOTOGRAPHS)))
+        self.id2label = dict(enumerate((*things, *PHOTOGRAPHS)[: len(things) + len(self.stuff_ids)]))
 
     def __len__(self) -> int:
         return self.num_images
@@ -134,7 +138,9 @@ class DigitScenes:
         number = int(index) % self.num_images
         scene = self._draw(np.random.default_rng((self.seed, SPLITS.index(self.split), number)))
         masks, class_ids = visible_segments(scene.owner, scene.class_ids)
-        masks, class_ids = select_segments(masks, class_ids, self.task)
+        if len(self.thing_ids) < NUM_DIGITS:
+            class_ids = np.maximum(class_ids - NUM_DIGITS + 1, 0)  # all digits become class 0
+        masks, class_ids = select_segments(masks, class_ids, self.task, len(self.thing_ids))
         image = Image.fromarray(scene.pixels.round().astype(np.uint8))
         return {"image_id": number, "image": image, "mask_labels": masks, "class_labels": class_ids}
 
@@ -184,7 +190,6 @@ def _rows(scenes: SegmentationDataset) -> Iterator[SegmentationRow]:
 
 NUM_DIGITS = 10
 PHOTOGRAPHS = ("china", "flower")
-CLASS_NAMES = (*map(str, range(NUM_DIGITS)), *PHOTOGRAPHS)
 
 GLYPH_SIZE = 8  # scikit-learn's digits are 8 x 8 pixels, grey values 0..16
 GLYPH_MARGIN = 2  # empty pixels around a glyph, so that turning and smoothing never cut a stroke
@@ -285,7 +290,7 @@ def visible_segments(
 
 
 def select_segments(
-    masks: NDArray[np.bool_], class_ids: NDArray[np.int64], task: Task
+    masks: NDArray[np.bool_], class_ids: NDArray[np.int64], task: Task, num_things: int
 ) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     """Keep or join the segments that a task reports.
 
@@ -293,6 +298,7 @@ def select_segments(
         masks: bool, (n, H, W).
         class_ids: int64, (n,).
         task: `"instance"` keeps the digits, `"panoptic"` keeps all, `"semantic"` joins those of one class.
+        num_things: thing classes; they come before those of stuff.
 
     Returns:
         masks, bool (m, H, W), and their classes, int64 (m,); for `"semantic"` in the order of the classes.
@@ -300,7 +306,7 @@ def select_segments(
     if task == "panoptic":
         return masks, class_ids
     if task == "instance":
-        is_digit = class_ids < NUM_DIGITS
+        is_digit = class_ids < num_things
         return masks[is_digit], class_ids[is_digit]
     present = np.unique(class_ids)
     joined = [masks[class_ids == class_id].any(axis=0) for class_id in present]

@@ -125,7 +125,9 @@ def test_steps_equal_those_of_a_plain_loop_with_gradient_accumulation(tmp_path):
             (model(**batch).loss / len(step)).backward()
         optimizer.step()
     for (name, trained), parameter in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(trained, parameter, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            trained, parameter, rtol=1e-5, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_evaluation_loss_is_the_mean_over_images(tmp_path):

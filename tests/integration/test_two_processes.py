@@ -67,7 +67,11 @@ def same_points_everywhere() -> Iterator[None]:
 
 def make_model(**fields) -> MPFormerForUniversalSegmentation:
     """Without noise, in double precision: no attention mask depends on the rounding of another batch size."""
-    return tiny_model(pilot_mask_noise="none", pilot_label_noise_ratio=0.0, **fields).double()
+    model = tiny_model(pilot_mask_noise="none", pilot_label_noise_ratio=0.0, **fields).double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # some begin at zero, and then others have no gradient
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
 
 
 def cut_batch(name: str, rank: int, num_processes: int) -> Results:

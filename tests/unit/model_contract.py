@@ -11,6 +11,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import pytest
@@ -292,7 +293,7 @@ class ModelContract:
         assert_close(output.loss.detach(), full, rtol=0.1, atol=0)  # bfloat16 has 3 digits; matches may differ
 
     def test_compiles_to_one_graph_in_evaluation(self):
-        model, images = self.make_model(), random_images(1, (64, 64))
+        model, images = self.make_model(decoder_layers=2), random_images(1, (64, 64))
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         expected = predict(model, images)
         output = predict(compiled, images)
@@ -312,9 +313,12 @@ class ModelContract:
         model = self.make_model(backbone)
         torch.manual_seed(1)
         with torch.no_grad():
-            for tensor in (*model.parameters(), *model.buffers()):
-                if tensor.is_floating_point():
-                    tensor.copy_(torch.rand_like(tensor) + 0.5)  # nothing that an initialisation would make again
+            # Nothing that an initialisation would make again.
+            for weight in model.parameters():
+                weight.copy_(torch.rand_like(weight) - 0.5)
+            for buffer in model.buffers():
+                if buffer.is_floating_point():
+                    buffer.copy_(2 * torch.rand_like(buffer) + 1)
         model.save_pretrained(tmp_path)
         with recorded_log() as log:
             loaded = self.model_class.from_pretrained(tmp_path)
@@ -324,6 +328,7 @@ class ModelContract:
         assert_same_tensors(dict(loaded.named_buffers()), dict(model.named_buffers()))
         images = random_images(1)
         expected, output = predict(model, images), predict(loaded, images)
+        assert output.masks_queries_logits.isfinite().all()
         assert torch.equal(output.masks_queries_logits, expected.masks_queries_logits)
         assert torch.equal(output.class_queries_logits, expected.class_queries_logits)
         frozen, still_frozen = (
@@ -354,10 +359,17 @@ class ModelContract:
 
     def test_every_config_field_has_an_effect(self, changed_field):
         effect = self.field_effects[changed_field]
-        probe = PROBES[effect.seen_in]
-        without = probe(lambda: self.make_model(**effect.others))
-        assert without == probe(lambda: self.make_model(**effect.others)), "The probe is not deterministic."
-        assert without != probe(lambda: self.make_model(**{**effect.others, changed_field: effect.value}))
+        without = probe_unchanged(type(self), effect.seen_in, tuple(effect.others.items()))
+        assert without != self.probe(effect.seen_in, **{**effect.others, changed_field: effect.value})
+
+    def test_without_a_change_there_is_no_effect(self):
+        for seen_in, others in {
+            (effect.seen_in, tuple(effect.others.items())) for effect in self.field_effects.values()
+        }:
+            assert self.probe(seen_in, **dict(others)) == probe_unchanged(type(self), seen_in, others), seen_in
+
+    def probe(self, seen_in: str, **fields: Any) -> Any:
+        return PROBES[seen_in](lambda: self.make_model(**fields))
 
 
 # -------------------------------------------------------------------------------------------------------------------- helpers
@@ -393,6 +405,11 @@ def count_calls(model: torch.nn.Module) -> dict[str, int]:
             # A hook would run outside of the recomputation: listen to a part of the layer instead.
             next(iter(module.children())).register_forward_pre_hook(count)
     return counts
+
+
+@cache
+def probe_unchanged(contract: type[ModelContract], seen_in: str, fields: tuple[tuple[str, Any], ...]) -> Any:
+    return contract().probe(seen_in, **dict(fields))
 
 
 def to_plain(value: Any) -> Any:

@@ -152,6 +152,25 @@ def test_tasks_report_the_same_picture(preset):
             np.testing.assert_array_equal(mask, np.logical_or.reduce(parts))
 
 
+@pytest.mark.parametrize("task", data.TASKS)
+def test_digits_can_be_one_class_of_the_same_pictures(task):
+    apart = DigitScenes("validation", task=task, num_images=20)
+    alike = DigitScenes("validation", task=task, num_images=20, tell_digits_apart=False)
+    assert alike.thing_ids == (0,)
+    assert alike.stuff_ids == (() if task == "instance" else (1, 2))
+    assert list(alike.id2label.values()) == ["digit", "china", "flower"][: len(alike.id2label)]
+    merged = {class_id: max(class_id - 9, 0) for class_id in range(12)}
+    for ten, one in zip(apart, alike, strict=True):
+        assert ten["image"].tobytes() == one["image"].tobytes()
+        expected = [merged[class_id] for class_id in ten["class_labels"].tolist()]
+        if task == "semantic":
+            expected = sorted(set(expected))
+        else:
+            np.testing.assert_array_equal(ten["mask_labels"], one["mask_labels"])
+        assert one["class_labels"].tolist() == expected
+        np.testing.assert_array_equal(ten["mask_labels"].any(axis=0), one["mask_labels"].any(axis=0))
+
+
 def test_upper_segments_hide_lower_ones_and_slivers_are_dropped():
     owner = np.zeros((4, 6), dtype=np.int32)  # 24 pixels of segment 0,
     owner[:, 3:] = 1  # 12 of them under segment 1,
@@ -164,7 +183,7 @@ def test_upper_segments_hide_lower_ones_and_slivers_are_dropped():
 
 def test_semantic_task_of_a_scene_without_segments_has_no_mask():
     empty = np.zeros((0, 3, 4), dtype=bool)
-    masks, class_ids = data.select_segments(empty, np.zeros(0, dtype=np.int64), "semantic")
+    masks, class_ids = data.select_segments(empty, np.zeros(0, dtype=np.int64), "semantic", 10)
     assert masks.shape == (0, 3, 4)
     assert class_ids.shape == (0,)
 

@@ -1,22 +1,27 @@
 """Bad images and ground truth: what was expected, what came, which image; in the model and in its parts."""
 
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mpformer_hf import MPFormerForUniversalSegmentation
 from mpformer_hf.target_checks import check_images, check_targets, measure_images, raise_for_values
 from tests.factories import random_batch, random_images, tiny_model
 from tests.unit.model_contract import predict
 
-MODEL = tiny_model()
+
+@cache
+def model(*, training: bool) -> MPFormerForUniversalSegmentation:
+    return tiny_model().train(training)
 
 
 def message_of(batch: dict[str, Any], *, training: bool = True) -> str:
     """What the model says to a bad batch."""
     with pytest.raises(ValueError) as refusal:  # noqa: PT011 - the tests look at the message
-        predict(MODEL.train(training), **batch)
+        predict(model(training=training), **batch)
     return str(refusal.value)
 
 
@@ -56,8 +61,8 @@ def test_images_that_cannot_be_right_are_refused(images, expected, came):
 
 
 def test_smallest_image_is_accepted():
-    model = tiny_model(feature_size=64)  # one number a group is too few for a group norm
-    assert predict(model, random_images(1, (32, 32))).masks_queries_logits.shape[-2:] == (8, 8)
+    wide = tiny_model(feature_size=64)  # one number a group is too few for a group norm
+    assert predict(wide, random_images(1, (32, 32))).masks_queries_logits.shape[-2:] == (8, 8)
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 96), (3, 96, 64), (3, 1, 64, 96), (64, 96)], ids=str)
@@ -145,7 +150,7 @@ def test_class_labels_of_a_wrong_kind_are_refused_with_the_image(wrong, came):
 @pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
 def test_class_labels_of_any_integer_type_are_accepted(dtype):
     labels = {index: label.to(dtype) for index, label in enumerate(random_batch([2, 0, 3])["class_labels"])}
-    assert predict(MODEL.train(), **batch_with(class_labels=labels)).loss.isfinite()
+    assert predict(model(training=True), **batch_with(class_labels=labels)).loss.isfinite()
 
 
 @pytest.mark.parametrize(("image", "count"), [(0, 1), (1, 2), (2, 4)])
@@ -174,7 +179,7 @@ def test_masks_of_the_images_own_size_need_the_pixel_mask():
     assert "pixel_mask" in message_of(batch)
     pixel_mask = torch.ones(3, 64, 96)
     pixel_mask[2, 50:] = 0
-    assert predict(MODEL.train(), **batch, pixel_mask=pixel_mask).loss.isfinite()
+    assert predict(model(training=True), **batch, pixel_mask=pixel_mask).loss.isfinite()
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -186,7 +191,7 @@ def test_own_size_of_one_image_is_not_accepted_for_another(training):
 
 
 def test_empty_masks_may_have_any_size():
-    assert predict(MODEL.train(), **batch_with(mask_labels={1: masks(0, 1, 1)})).loss.isfinite()
+    assert predict(model(training=True), **batch_with(mask_labels={1: masks(0, 1, 1)})).loss.isfinite()
 
 
 # ---------------------------------------------------------------------------------------------------------------------- values

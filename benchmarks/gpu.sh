@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command, from the root of a checkout: the GPU tests, then the benchmarks. Results go to
+# the folder in OUT (default: benchmarks/results).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${OUT:-benchmarks/results}
+
+python -c 'import torch; assert torch.cuda.is_available(), "torch finds no GPU"'
+python -m pytest -m gpu
+python -m benchmarks.model_speed --device cuda --image-size 1024 --repeats 20 --output "$out/model_speed_gpu.json"
