@@ -253,9 +253,11 @@ class MPFormerConfig(PreTrainedConfig):
             raise ValueError(
                 f"`activation_function` must be one of {', '.join(sorted(ACT2FN))}, got {self.activation_function!r}."
             )
-        for name in ("importance_sample_ratio", "pilot_mask_noise_ratio", "pilot_label_noise_ratio", "dropout"):
+        for name in ("importance_sample_ratio", "pilot_mask_noise_ratio", "pilot_label_noise_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"`dropout` must be in [0, 1), got {self.dropout}.")
 
     def _validate_piloting(self) -> None:
         if self.pilot_mask_noise not in PILOT_MASK_NOISES:

@@ -75,7 +75,8 @@ class UniversalSegmentationCriterion(nn.Module):
     """Weighted sum of cross entropy, binary cross entropy and dice losses over all supervised levels.
 
     Attributes:
-        empty_weight: float32, (K + 1,), class weights of the cross entropy; saved with the model.
+        empty_weight: float32, (K + 1,), class weights of the cross entropy; saved with the model. Of the last, that of "no
+            object", the configured value counts.
         nonfinite_steps: consecutive training steps with non-finite matching costs so far; not saved.
         surplus_segments: segments so far that no query was left for; not saved.
         has_warned_of_nonfinite: such a step has been reported; later ones are only counted.
@@ -248,7 +249,8 @@ class UniversalSegmentationCriterion(nn.Module):
         index = _to_device((rows.level, rows.image, rows.position, first_segment + rows.target), labels.device)
         labels[index[0], index[1], index[2]] = torch.cat(targets.class_labels)[index[3]]
 
-        empty_weight = self.empty_weight.float()
+        empty_weight = self.empty_weight.float().clone()
+        empty_weight[-1] = self.no_object_weight  # the configuration's, also when the file was trained with another
         terms = nn.functional.cross_entropy(
             class_logits.flatten(0, 2), labels.flatten(), weight=empty_weight, reduction="none"
         ).view_as(labels)

@@ -593,14 +593,19 @@ class TransformerModule(nn.Module):
         num_groups = count_pilot_groups(max_targets, config.pilot_groups, config.pilot_query_budget)
         if num_groups == 0:
             if max_targets > 0:
-                self.steps_without_pilot += 1
-                logger.warning_once(
-                    f"No mask piloting in this step: an image has {max_targets} segments, more than pilot_query_budget = "
-                    f"{config.pilot_query_budget}. Raise the budget, or use `pilot_groups`. (Later cases are counted in "
-                    "`steps_without_pilot`, not reported.)"
-                )
+                self._count_step_without_pilot(max_targets)
             return None
         return lay_out_slots(targets.num_segments, num_groups, max_targets, device)
+
+    def _count_step_without_pilot(self, max_targets: int) -> None:
+        self.steps_without_pilot += 1
+        if self.steps_without_pilot == 1:
+            logger.warning(
+                "No mask piloting in this step: an image has %d segments, more than pilot_query_budget = %d. Raise the budget, "
+                "or use `pilot_groups`. (Later cases are counted in `steps_without_pilot`, not reported.)",
+                max_targets,
+                self.config.pilot_query_budget,
+            )
 
     @torch.compiler.disable  # every new number of segments would be another graph
     def _make_pilot(
@@ -667,7 +672,9 @@ def load_pretrained_backbone(name_or_folder: str) -> PreTrainedModel:
     with torch.device("meta"):
         backbone_class = type(AutoBackbone.from_config(config))
     backbone, report = backbone_class.from_pretrained(name_or_folder, config=config, output_loading_info=True)
-    fresh = [key for key in report["missing_keys"] if "norm" not in key]  # Swin and ConvNeXt add norms to their outputs
+    fresh = [
+        key for key in report["missing_keys"] if "hidden_states_norms" not in key
+    ]  # Swin and ConvNeXt add norms to their outputs
     if fresh:
         raise ValueError(
             f"`{name_or_folder}` lacks {len(fresh)} weights of a {config.model_type} backbone, among them {fresh[0]}. Pass a "

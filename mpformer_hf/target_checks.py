@@ -64,8 +64,11 @@ def measure_images(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
     """Height and width of the valid part of each padded image, int64, (B, 2), on the device of the images."""
     batch_size, _, height, width = pixel_values.shape
     if pixel_mask is None:
-        size = torch.tensor([height, width], dtype=torch.int64, device=pixel_values.device)
-        return size.expand(batch_size, 2).clone()
+        # Filled, not copied: copying numbers to an accelerator would wait for it.
+        sides = [
+            torch.full((batch_size,), side, dtype=torch.int64, device=pixel_values.device) for side in (height, width)
+        ]
+        return torch.stack(sides, dim=1)
     valid = pixel_mask != 0
     return torch.stack([valid.any(dim=2).sum(dim=1), valid.any(dim=1).sum(dim=1)], dim=1)
 
@@ -145,7 +148,7 @@ def _compare_sizes(
         return None
     if image_sizes is None or size[0] > padded_size[0] or size[1] > padded_size[1] or 0 in size:
         raise ValueError(_size_message(image, size, padded_size))
-    return (image_sizes[image] != torch.tensor(size, device=image_sizes.device)).any()
+    return (image_sizes[image, 0] != size[0]) | (image_sizes[image, 1] != size[1])
 
 
 def _size_message(image: int, size: tuple[int, ...], padded_size: tuple[int, int]) -> str:

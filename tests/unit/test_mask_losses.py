@@ -514,10 +514,10 @@ def test_without_a_weight_for_no_object_an_empty_batch_costs_nothing():
     assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, leaves_of(predictions)))
 
 
-def test_loaded_class_weights_are_used(draws: list[Tensor]):
-    criterion = make_criterion()
+def test_loaded_class_weights_are_used_but_that_of_no_object_is_the_configured_one(draws: list[Tensor]):
+    criterion = make_criterion(no_object_weight=0.25)
     class_weights = [0.5, 2.0, 1.0, 3.0, 0.25]
-    criterion.load_state_dict({"empty_weight": torch.tensor(class_weights)})
+    criterion.load_state_dict({"empty_weight": torch.tensor([*class_weights[:-1], 0.7])})
     targets, predictions = draw_targets(), draw_predictions(3, 4)
     _, terms = criterion(predictions, targets, None)
     expected = losses_by_definition(predictions, targets, None, draws, class_weights).named(with_pilot=False)
