@@ -3,6 +3,7 @@
 Works on several processes: each scores its share of the images, and all end with the scores of the whole data set.
 """
 
+import signal
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, TypedDict
@@ -59,6 +60,7 @@ def evaluate_panoptic(
             batch_size=batch_size,
             num_workers=num_workers,
             collate_fn=partial(collate_for_evaluation, processor=processor),
+            worker_init_fn=leave_stopping_to_parent,
         )
     )
     # Without DDP's wrapper, which would wait for other processes in every forward pass.
@@ -88,6 +90,12 @@ def collate_for_evaluation(rows: Sequence[SegmentationRow], processor: BaseImage
     """Prepare the images of some rows; the rows stay as they are, at their own sizes."""
     inputs = processor([row["image"] for row in rows], return_tensors="pt")
     return {"inputs": dict(inputs), "rows": list(rows)}
+
+
+def leave_stopping_to_parent(_worker_id: int) -> None:
+    """Let a process that prepares batches ignore Ctrl-C and `kill` of the whole group: its parent stops it in order."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def segment_rows(

@@ -40,7 +40,7 @@ import mpformer_hf
 from mpformer_hf import MPFormerConfig, MPFormerForUniversalSegmentation, MPFormerImageProcessor
 from training.arguments import RecipeError, TrainingArguments, parse_arguments
 from training.data import SegmentationDataset, SegmentationRow, load_segmentation_dataset
-from training.evaluation import GROUPS, evaluate_panoptic, format_scores
+from training.evaluation import GROUPS, evaluate_panoptic, format_scores, leave_stopping_to_parent
 
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
@@ -146,6 +146,7 @@ class TrainingRun:
             sampler=ShuffledEpochs(len(self.train_data), passes * arguments.batch_size, arguments.seed),
             num_workers=arguments.num_workers,
             collate_fn=partial(collate_for_training, processor=self.processor),
+            worker_init_fn=leave_stopping_to_parent,
             pin_memory=self.accelerator.device.type == "cuda",
         )
         return self.accelerator.prepare_data_loader(loader)

@@ -76,7 +76,7 @@ def trained(recipe, tmp_path_factory):
 def start_program(*command: str, **variables: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, start_new_session=True, **pipes)
 
 
 def test_the_folder_holds_model_processor_scores_recipe_and_log(trained):
@@ -246,13 +246,13 @@ def test_predictions_need_the_folder_of_a_training(tmp_path):
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_run_that_is_stopped_says_so_and_writes_nothing(recipe, tmp_path, number, code):
-    output_dir = str(tmp_path / "out")
-    program = start_program("-m", "training.train", recipe, "--output_dir", output_dir, "--max_steps", "100000")
+    words = [recipe, "--output_dir", str(tmp_path / "out"), "--max_steps", "100000", "--num_workers", "1"]
+    program = start_program("-m", "training.train", *words)
     for line in program.stdout:
         if "million parameters" in line:
             break
     program.stderr.read(1)  # the progress bar: the steps have begun
-    program.send_signal(number)
+    os.killpg(program.pid, number)  # as Ctrl-C does: the processes that prepare batches get it too
     _, errors = program.communicate()
     assert program.returncode == code, errors
     assert list(tmp_path.iterdir()) == []
