@@ -3,6 +3,7 @@
 Backend "eager" runs the captured graphs as they are: what could break is the capture, and compilers are not ours to test.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,7 +71,12 @@ def test_compiled_evaluation_survives_decomposition_into_core_operators():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow
 def test_compiled_training_has_equal_losses_and_gradients_without_a_graph_for_every_number_of_segments():
-    plain, model, graphs = tiny_model(**SMALL).train(), tiny_model(**SMALL).train(), Graphs()
+    plain, graphs = tiny_model(**SMALL).train(), Graphs()
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            if "sampling_offsets" in name:
+                weight.add_(0.1 * torch.randn_like(weight))  # at first samples lie on cells, where gradients jump
+    model = copy.deepcopy(plain)
     compiled = torch.compile(model, backend=graphs)
     counts = []
     for num_segments in ([2, 3], [4, 2], [3, 4], [5, 3], [2, 6]):

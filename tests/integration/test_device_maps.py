@@ -72,32 +72,25 @@ def test_a_model_spread_over_devices_gives_the_same_bits(device_map: str | dict[
     assert torch.equal(outputs.masks_queries_logits, expected.masks_queries_logits)
 
 
-def test_a_tight_budget_puts_whole_modules_elsewhere(backbone: str, tmp_path):
-    model = tiny_model(backbone)
+def test_too_little_memory_moves_the_model_to_disk(tmp_path):
+    model = tiny_model()
     model.save_pretrained(tmp_path / "model")
-    budget = count_bytes(model.model.pixel_level_module) + 1000
-    spread = load(tmp_path, device_map="auto", max_memory={"cpu": budget})
-    assert spread.hf_device_map == {
-        "model.pixel_level_module": "cpu",
-        "model.transformer_module": "disk",
-        "class_predictor": "disk",
-        "criterion": "disk",
-    }
+    spread = load(tmp_path, device_map="auto", max_memory={"cpu": count_bytes(model) // 2})
+    assert "disk" in spread.hf_device_map.values()
     inputs = {"pixel_values": random_images(1, (64, 64))}
     expected, outputs = run_seeded(model, **inputs), run_seeded(spread, **inputs)
     assert torch.equal(outputs.masks_queries_logits, expected.masks_queries_logits)
 
 
-def test_no_budget_splits_backbone_and_pixel_decoder_or_the_transformer_decoder(backbone: str):
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_budget_never_splits_the_pixel_level_nor_the_transformer_module(backbone: str, share: float):
     model = tiny_model(backbone)
-    total = count_bytes(model)
-    for share in (0.1, 0.3, 0.5, 0.7, 0.9):
-        limits = {"cpu": int(share * total), "disk": 10 * total}
-        whole = infer_auto_device_map(model, limits, no_split_module_classes=model._no_split_modules)
-        split = infer_auto_device_map(model, limits)
-        for name in ("model.pixel_level_module.", "model.transformer_module."):
-            assert not any(place.startswith(name) for place in whole)
-        assert any(place.count(".") > 1 for place in split), "This budget would split nothing: it tests nothing."
+    limits = {"cpu": int(share * count_bytes(model)), "disk": 10 * count_bytes(model)}
+    whole = infer_auto_device_map(model, limits, no_split_module_classes=model._no_split_modules)
+    split = infer_auto_device_map(model, limits)
+    inside = ("model.pixel_level_module.", "model.transformer_module.")
+    assert any(name.startswith(inside) for name in split), "This budget would split nothing, so it tests nothing."
+    assert not any(name.startswith(inside) for name in whole)
 
 
 def count_bytes(module: nn.Module) -> int:
