@@ -60,13 +60,6 @@ def test_one_graph_can_return_everything_that_can_be_asked_for():
     assert_predictions_close(compiled, model, random_images(1, (64, 64)))
 
 
-@pytest.mark.slow
-def test_compiled_evaluation_survives_decomposition_into_core_operators():
-    model = tiny_model(**SMALL)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager_decomp_partition")
-    assert_predictions_close(compiled, model, random_images(1, (64, 64)))
-
-
 # The compiler itself looks at the gradient of a tensor that has none, at the seam between two graphs.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.slow
@@ -98,7 +91,7 @@ def test_compiled_training_has_equal_losses_and_gradients_without_a_graph_for_ev
     assert counts[1] == counts[-1]
 
 
-@pytest.mark.parametrize(("backbone", "strict"), [("resnet", False), ("resnet", True), ("swin", False)])
+@pytest.mark.parametrize(("backbone", "strict"), [("resnet", True), ("swin", False)])
 def test_an_exported_model_predicts_the_same_after_saving_and_loading(backbone: str, strict: bool, tmp_path):
     model, images = tiny_model(backbone, **SMALL), random_images(1, (64, 64))
     with torch.no_grad():

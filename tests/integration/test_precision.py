@@ -76,6 +76,7 @@ def test_a_model_in_low_precision_trains(backbone: str, dtype: torch.dtype):
         assert gradient.isfinite().all(), name
 
 
+@pytest.mark.parametrize("backbone", ["resnet", "swin"])
 def test_a_step_under_autocast_is_almost_that_of_float32(backbone: str, dtype: torch.dtype):
     batch = random_batch()
     plain, model = tiny_model(backbone).train(), tiny_model(backbone).train()
@@ -135,6 +136,7 @@ def test_a_gradient_scaler_takes_every_step_in_float16():
 
 
 @pytest.mark.parametrize("output_attentions", [False, True])
+@pytest.mark.parametrize("backbone", ["resnet", "swin"])
 def test_eager_and_fused_attention_agree(backbone: str, output_attentions: bool, monkeypatch, tmp_path):
     tiny_model(backbone).save_pretrained(tmp_path)
     eager = MPFormerForUniversalSegmentation.from_pretrained(tmp_path, attn_implementation="eager").train()
