@@ -9,6 +9,7 @@ import ipaddress
 import os
 import random
 import socket
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -120,6 +121,16 @@ def _fixed_seed() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - the global generator is the one that libraries draw from
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_accelerate_state() -> Iterator[None]:
+    """Forget what a test's Accelerator or Trainer set for the whole process, such as the precision."""
+    yield
+    if "accelerate" in sys.modules:
+        state = sys.modules["accelerate.state"]
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
