@@ -10,6 +10,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/../scripts/setup_environment.sh"
 setup_environment dev
 
+# Threads cost more than they bring to models this small.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+
 failed=""
 
 run_stage() {
