@@ -76,7 +76,15 @@ def trained(recipe, tmp_path_factory):
 def start_program(*command: str, **variables: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL, "text": True}
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, start_new_session=True, **pipes)
+    # In a shell's background job Ctrl-C is ignored, and children inherit that; a program at a terminal gets it.
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads start children here
+        **pipes,
+    )
 
 
 def test_the_folder_holds_model_processor_scores_recipe_and_log(trained):
