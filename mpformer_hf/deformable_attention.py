@@ -3,17 +3,20 @@
 Axes: B images, Q queries, S cells of all levels, N heads, D channels of a head, L levels, K points.
 """
 
-import itertools
 import math
+import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations.hub_kernels import use_kernel_forward_from_hub
 
+from .embedding_bag_attention import EmbeddingBagAttention
+from .hub_kernel import find_kernel, run_or_give_up
 from .position_embedding import cache_table
 
 
-class MultiScaleDeformableAttention(nn.Module):
+class MultiScaleDeformableSelfAttention(nn.Module):
     """Every query looks at K points on each of L feature maps, at places and with weights predicted from the query.
 
     Parameter names are those of transformers and of Deformable DETR.
@@ -28,6 +31,7 @@ class MultiScaleDeformableAttention(nn.Module):
         self.attention_weights = nn.Linear(embed_dim, num_heads * num_levels * num_points)
         self.value_proj = nn.Linear(embed_dim, embed_dim)
         self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.attention = MultiScaleDeformableAttention()
 
     def forward(
         self, hidden_states: Tensor, position_embeddings: Tensor, spatial_shapes: Sequence[tuple[int, int]]
@@ -50,7 +54,7 @@ class MultiScaleDeformableAttention(nn.Module):
         offsets = self.sampling_offsets(queries).float().view(*per_point, 2)
         weights = self.attention_weights(queries).float().view(*per_point[:3], -1).softmax(-1).view(per_point)
         locations = locate_samples(tuple(spatial_shapes), offsets)
-        output = ms_deform_attn(value, spatial_shapes, locations, weights)
+        output = self.attention.attend(value, spatial_shapes, locations, weights)
         return self.output_proj(output.view(batch_size, num_cells, embed_dim)), weights
 
     @torch.no_grad()
@@ -75,6 +79,50 @@ class MultiScaleDeformableAttention(nn.Module):
             nn.init.zeros_(projection.bias)
 
 
+@use_kernel_forward_from_hub("MultiScaleDeformableAttention")
+class MultiScaleDeformableAttention(nn.Module):
+    """The operator as a layer without parameters, whose forward transformers replaces after `use_kernels=True`."""
+
+    def attend(
+        self, value: Tensor, spatial_shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor
+    ) -> Tensor:
+        """The operator, on the kernel of the kernels hub if one is attached and works; arguments as `ms_deform_attn`."""
+        kernel = find_kernel(self, value, locations)
+        if kernel is not None:
+            shapes = tuple((height, width) for height, width in spatial_shapes)
+            output = run_or_give_up(kernel, self, value, shapes, locations, weights)
+            if output is not None:
+                return output
+        return ms_deform_attn(value, spatial_shapes, locations, weights)
+
+    def forward(
+        self,
+        value: Tensor,
+        value_spatial_shapes: Tensor | None,
+        value_spatial_shapes_list: Sequence[tuple[int, int]],
+        level_start_index: Tensor | None,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int | None,
+    ) -> Tensor:
+        """What layers of the hub replace, with their arguments.
+
+        Args:
+            value: (B, S, N, D), any float type.
+            value_spatial_shapes: not looked at; the hub's layer reads the same from a tensor.
+            value_spatial_shapes_list: height and width of each level.
+            level_start_index: not looked at.
+            sampling_locations: float32 or float64, (B, Q, N, L, K, 2), (x, y) relative to each level, [0, 1] is inside.
+            attention_weights: like the locations without the last axis.
+            im2col_step: not looked at.
+
+        Returns:
+            (B, Q, N * D), in the type of `value`.
+        """
+        del value_spatial_shapes, level_start_index, im2col_step
+        return ms_deform_attn(value, value_spatial_shapes_list, sampling_locations, attention_weights).flatten(2)
+
+
 def locate_samples(spatial_shapes: tuple[tuple[int, int], ...], offsets: Tensor) -> Tensor:
     """Turn offsets in cells of each level into locations relative to the level.
 
@@ -85,9 +133,11 @@ def locate_samples(spatial_shapes: tuple[tuple[int, int], ...], offsets: Tensor)
     Returns:
         float32, (B, S, N, L, K, 2), (x, y); [0, 1] is inside the map.
     """
-    reference_points = cell_centres(spatial_shapes, offsets.device)
-    sizes = level_sizes(spatial_shapes, offsets.device)
-    return reference_points[None, :, None, None, None, :] + offsets / sizes[:, None, :]
+    centres = cell_centres(spatial_shapes, offsets.device)[:, None, :]  # (S, 1, 2)
+    steps = cell_steps(spatial_shapes, offsets.device)  # (L, 1, 2)
+    # Long last axes: broadcasting along an axis of two is many times slower on CPU.
+    steps = steps.expand(offsets.shape[2:]).flatten(0, 2)  # (N * L * K, 2)
+    return torch.addcmul(centres, offsets.flatten(2, 4), steps).view(offsets.shape)
 
 
 @cache_table
@@ -103,15 +153,19 @@ def cell_centres(spatial_shapes: tuple[tuple[int, int], ...], device: torch.devi
 
 
 @cache_table
-def level_sizes(spatial_shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """Width and height of the levels, float32, (L, 2)."""
-    return torch.tensor([(width, height) for height, width in spatial_shapes], dtype=torch.float32, device=device)
+def cell_steps(spatial_shapes: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """Width and height of one cell of each level, relative to the level, float32, (L, 1, 2)."""
+    sizes = torch.tensor([(width, height) for height, width in spatial_shapes], dtype=torch.float32, device=device)
+    return sizes.reciprocal()[:, None, :]
 
 
 def ms_deform_attn(
     value: Tensor, spatial_shapes: Sequence[tuple[int, int]], sampling_locations: Tensor, attention_weights: Tensor
 ) -> Tensor:
     """The operator: weighted sum of bilinear samples of `value`; cells outside the maps count as zero.
+
+    Runs on the compiled operator where `mpformer_hf.ops` has registered one for the device, else on plain PyTorch.
+    `python -m mpformer_hf.ops doctor` explains the choice, the environment variable MPFORMER_MSDA_BACKEND forces one.
 
     Args:
         value: (B, S, N, D), any float type.
@@ -121,17 +175,54 @@ def ms_deform_attn(
 
     Returns:
         (B, Q, N, D), in the type of `value`.
+
+    Raises:
+        ValueError: sizes do not fit together, or MPFORMER_MSDA_BACKEND names no backend.
+        RuntimeError: MPFORMER_MSDA_BACKEND names one that cannot be used.
     """
-    shapes = tuple((int(height), int(width)) for height, width in spatial_shapes)
+    shapes = tuple((height, width) for height, width in spatial_shapes)
     num_cells = sum(height * width for height, width in shapes)
     if num_cells != value.shape[1]:
         raise ValueError(
             f"Expected {num_cells} cells for levels of sizes {shapes}, got a value of shape {tuple(value.shape)}. "
             "Pass the flattened cells of all levels, one level after the other."
         )
-    if value.device.type == "cpu" and not torch.compiler.is_compiling() and 0 not in sampling_locations.shape:
-        return _EmbeddingBagAttention.apply(value, shapes, sampling_locations, attention_weights)
+    implementation = choose_implementation(value.device.type)
+    if implementation == "operator":
+        flat = [size for shape in shapes for size in shape]
+        return torch.ops.mpformer.ms_deform_attn(value, flat, sampling_locations, attention_weights)
+    if implementation == "embedding_bag" and not torch.compiler.is_compiling():
+        return EmbeddingBagAttention.apply(value, shapes, sampling_locations, attention_weights)
     return ms_deform_attn_reference(value, shapes, sampling_locations, attention_weights)
+
+
+# The values of MPFORMER_MSDA_BACKEND, in order of preference.
+BACKENDS = ("hub", "deformops", "compiled", "embedding_bag", "reference")
+
+
+@torch.compiler.assume_constant_result
+def choose_implementation(device_type: str) -> str:
+    """Which of "operator", "embedding_bag" and "reference" serves this kind of device."""
+    forced = os.environ.get("MPFORMER_MSDA_BACKEND") or None
+    if forced is not None and forced not in BACKENDS:
+        raise ValueError(f"MPFORMER_MSDA_BACKEND={forced!r} is no backend. Choose one of: {', '.join(BACKENDS)}.")
+    if forced in {"embedding_bag", "reference"}:
+        return forced
+    if has_operator(device_type):
+        return "operator"
+    if forced in {"compiled", "deformops"}:
+        raise RuntimeError(
+            f"MPFORMER_MSDA_BACKEND={forced!r}, but no operator is registered for {device_type}. "
+            "`python -m mpformer_hf.ops doctor` says why; unset the variable to go on without."
+        )
+    return "embedding_bag" if device_type == "cpu" else "reference"
+
+
+def has_operator(device_type: str) -> bool:
+    """Whether `mpformer_hf.ops` has registered the operator for "cpu", "cuda"...; never for Hub users without the package."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(  # noqa: SLF001 - torch offers no public question
+        "mpformer::ms_deform_attn", device_type.upper()
+    )
 
 
 def ms_deform_attn_reference(
@@ -151,148 +242,3 @@ def ms_deform_attn_reference(
         output = output + (samples * weight).sum(-1)
     output = output.view(batch_size, num_heads, head_dim, num_queries).permute(0, 3, 1, 2)
     return output.to(value.dtype)
-
-
-# The levels get a border of zeros this wide, and locations are clamped into it: then every corner of every sample exists, and
-# a sample that lies outside has the value and the derivative zero.
-BORDER = 2
-
-
-class _EmbeddingBagAttention(torch.autograd.Function):
-    """The operator on CPU: each output row is a bag of 4 * L * K weighted rows of `value`.
-
-    `embedding_bag` reads contiguous rows of D channels where `grid_sample` strides over channels, and nothing of the size
-    (D, Q, L * K) is ever stored.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        value: Tensor,
-        spatial_shapes: tuple[tuple[int, int], ...],
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-    ) -> Tensor:
-        index, x_fraction, y_fraction = _find_corners(value.shape, spatial_shapes, sampling_locations)
-        weights = _bilinear_weights(x_fraction, y_fraction).mul_(attention_weights[..., None])
-        num_bags = math.prod(sampling_locations.shape[:3])
-        output = nn.functional.embedding_bag(
-            index.view(num_bags, -1),
-            _pad_levels(value.to(weights.dtype), spatial_shapes),
-            per_sample_weights=weights.view(num_bags, -1),
-            mode="sum",
-        )
-        ctx.save_for_backward(value, sampling_locations, attention_weights, index, x_fraction, y_fraction)
-        ctx.spatial_shapes = spatial_shapes  # type: ignore[attr-defined]
-        return output.view(*sampling_locations.shape[:3], -1).to(value.dtype)
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_output: Tensor
-    ) -> tuple[Tensor | None, None, Tensor | None, Tensor | None]:
-        value, locations, weights, index, x_fraction, y_fraction = ctx.saved_tensors  # type: ignore[attr-defined]
-        shapes = ctx.spatial_shapes  # type: ignore[attr-defined]
-        grad_value = grad_locations = grad_weights = None
-        grad_output = grad_output.to(locations.dtype).contiguous()
-        if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:  # type: ignore[attr-defined]
-            products = _multiply_corners(index, _pad_levels(value.to(grad_output.dtype), shapes), grad_output)
-            grad_weights = (products * _bilinear_weights(x_fraction, y_fraction)).sum(-1)
-            sizes = locations.new_tensor([(width, height) for height, width in shapes])[:, None, :]
-            grad_locations = _differentiate_bilinear(products, x_fraction, y_fraction) * sizes * weights[..., None]
-        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            grad_value = _scatter_samples(value, shapes, locations, weights, grad_output)
-        return grad_value, None, grad_locations, grad_weights
-
-
-def _pad_levels(value: Tensor, shapes: tuple[tuple[int, int], ...]) -> Tensor:
-    """Put the border of zeros around each level: (B, S, N, D) to (B * S' * N, D)."""
-    levels = value.flatten(2).split([height * width for height, width in shapes], dim=1)
-    padded = [
-        nn.functional.pad(level.unflatten(1, shape), (0, 0, BORDER, BORDER, BORDER, BORDER)).flatten(1, 2)
-        for level, shape in zip(levels, shapes, strict=True)
-    ]
-    return torch.cat(padded, dim=1).view(-1, value.shape[-1])
-
-
-def _find_corners(
-    value_shape: torch.Size, shapes: tuple[tuple[int, int], ...], locations: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Find the rows of `_pad_levels` around each location, and where it lies between them.
-
-    Returns:
-        Indices, int32 or int64, (B, Q, N, L, K, 4), corners in the order (low y, low x), (low y, high x), (high y, low x), (high
-        y, high x); and fractions in [0, 1) along x and y, (B, Q, N, L, K).
-    """
-    batch_size, _, num_heads, head_dim = value_shape
-    padded = [(height + 2 * BORDER, width + 2 * BORDER) for height, width in shapes]
-    num_rows = batch_size * sum(height * width for height, width in padded) * num_heads
-    index_type = torch.int32 if num_rows * head_dim < 2**31 else torch.int64
-    sizes = locations.new_tensor([(width, height) for height, width in shapes])[:, None, :]  # (L, 1, 2)
-    locations = locations.contiguous()
-    position = locations * sizes - 0.5
-    inside = torch.minimum(position.clamp(min=-BORDER), sizes)
-    low = inside.floor()
-    # What is not finite has no place in a table. The sample becomes NaN all the same, by its fractions.
-    x_fraction, y_fraction = (inside - low).add_(position.mul_(0)).unbind(-1)
-    x_low, y_low = low.nan_to_num_().to(index_type).unbind(-1)
-
-    row_length = torch.tensor([width for _, width in padded], dtype=index_type)[:, None]  # (L, 1)
-    first_cell = torch.tensor([0, *itertools.accumulate(height * width for height, width in padded)], dtype=index_type)
-    image = torch.arange(batch_size, dtype=index_type) * first_cell[-1]
-    first_cell = image[:, None, None] + first_cell[:-1, None] + BORDER * row_length + BORDER  # (B, L, 1)
-    head = torch.arange(num_heads, dtype=index_type)
-    first_row = first_cell[:, None] * num_heads + head[:, None, None]  # (B, N, L, 1)
-    top_left = (y_low * row_length + x_low) * num_heads + first_row[:, None]
-    below = row_length * num_heads
-    steps = torch.stack([below * 0, below * 0 + num_heads, below, below + num_heads], dim=-1)  # (L, 1, 4)
-    return top_left[..., None] + steps, x_fraction, y_fraction
-
-
-def _bilinear_weights(x_fraction: Tensor, y_fraction: Tensor) -> Tensor:
-    """Weights of the four corners, (..., 4)."""
-    bottom_right = x_fraction * y_fraction
-    top_right, bottom_left = x_fraction - bottom_right, y_fraction - bottom_right
-    return torch.stack([1 - x_fraction - bottom_left, top_right, bottom_left, bottom_right], dim=-1)
-
-
-def _multiply_corners(index: Tensor, rows: Tensor, grad_output: Tensor) -> Tensor:
-    """Dot product of each corner's row with the gradient of the output that it is part of, (B, Q, N, L, K, 4)."""
-    num_bags, bag_size = math.prod(index.shape[:3]), math.prod(index.shape[3:])
-    bags = torch.arange(num_bags, dtype=index.dtype)
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(  # noqa: SLF001 - operators are named so
-        grad_output.view(num_bags, -1),
-        rows,
-        index.view(-1),
-        bags * bag_size,
-        bags.repeat_interleave(bag_size),
-        0,  # mode "sum"
-    )
-    return products.view(index.shape)
-
-
-def _differentiate_bilinear(products: Tensor, x_fraction: Tensor, y_fraction: Tensor) -> Tensor:
-    """Derivatives along x and y of an interpolation between four corners, (..., 2)."""
-    top_left, top_right, bottom_left, bottom_right = products.unbind(-1)
-    along_top, along_left = top_right - top_left, bottom_left - top_left
-    twist = bottom_right - bottom_left - along_top
-    return torch.stack([along_top + twist * y_fraction, along_left + twist * x_fraction], dim=-1)
-
-
-def _scatter_samples(
-    value: Tensor, shapes: tuple[tuple[int, int], ...], locations: Tensor, weights: Tensor, grad_output: Tensor
-) -> Tensor:
-    """Gradient of the value: `grid_sample`'s own scatter, the fastest that PyTorch has on CPU."""
-    batch_size, _, num_heads, head_dim = value.shape
-    num_queries, num_points = locations.shape[1], locations.shape[4]
-    grad_columns = grad_output.permute(0, 2, 3, 1).reshape(batch_size * num_heads, head_dim, num_queries, 1)
-    grads = []
-    for level, (height, width) in enumerate(shapes):
-        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)  # (B * N, Q, K, 2)
-        weight = weights[:, :, :, level].transpose(1, 2).reshape(batch_size * num_heads, 1, num_queries, num_points)
-        grad_samples = grad_columns * weight
-        maps = grad_samples.new_empty(1).expand(
-            batch_size * num_heads, head_dim, height, width
-        )  # only its shape is read
-        grad_maps, _ = torch.ops.aten.grid_sampler_2d_backward(grad_samples, maps, grid, 0, 0, False, [True, False])
-        grads.append(grad_maps.view(batch_size, num_heads, head_dim, height * width).permute(0, 3, 1, 2))
-    return torch.cat(grads, dim=1).to(value.dtype)

@@ -29,6 +29,7 @@ from transformers.utils.generic import ModelOutput
 from transformers.utils.import_utils import is_timm_available
 
 from .configuration_mpformer import FEATURE_STRIDES, MPFormerConfig
+from .frozen_batch_norm import FrozenBatchNorm2d
 from .mask_decoder import DecoderFeatures, DecoderOutput, MaskedAttentionDecoder, Pilot
 from .mask_losses import LevelPredictions, PointSettings, UniversalSegmentationCriterion
 from .mask_matching import CostWeights
@@ -477,6 +478,8 @@ class PixelLevelModule(nn.Module):
             dropout=config.dropout,
         )
         self.freeze_norm = config.freeze_backbone_norm
+        if self.freeze_norm:
+            FrozenBatchNorm2d.replace_in(self.encoder)
         # Swin's last layer norm, for one: DDP would wait for its gradient.
         self.unused_parameters = frozenset() if traced is None else frozenset(traced.unused_parameters)
         self._freeze()

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_mpformer import NUM_GROUP_NORM_GROUPS
-from .deformable_attention import MultiScaleDeformableAttention
+from .deformable_attention import MultiScaleDeformableSelfAttention
 from .position_embedding import sine_position_embedding
 
 NUM_LEVELS = 3
 NUM_POINTS = 4
+ROWS_IN_CACHE = 4096  # 16 MiB of hidden activations
 
 
 class PixelDecoder(nn.Module):
@@ -131,7 +132,7 @@ class PixelDecoderEncoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, feature_size: int, num_heads: int, feedforward_dim: int, dropout: float) -> None:
         super().__init__()
-        self.self_attn = MultiScaleDeformableAttention(feature_size, num_heads, NUM_LEVELS, NUM_POINTS)
+        self.self_attn = MultiScaleDeformableSelfAttention(feature_size, num_heads, NUM_LEVELS, NUM_POINTS)
         self.self_attn_layer_norm = nn.LayerNorm(feature_size)
         self.fc1 = nn.Linear(feature_size, feedforward_dim)
         self.fc2 = nn.Linear(feedforward_dim, feature_size)
@@ -146,8 +147,16 @@ class PixelDecoderEncoderLayer(GradientCheckpointingLayer):
     def forward(self, cells: Tensor, positions: Tensor, shapes: Sequence[tuple[int, int]]) -> Tensor:
         """Update cells (B, S, C) of all levels."""
         attended, _ = self.self_attn(cells, positions, shapes)
+        if cells.device.type != "cpu":
+            return self._feed_forward(cells, attended)
+        # Row by row the same, but what is in between stays in the processor's cache.
+        rows = [tensor.flatten(0, 1).split(ROWS_IN_CACHE) for tensor in (cells, attended)]
+        return torch.cat([self._feed_forward(*part) for part in zip(*rows, strict=True)]).view(cells.shape)
+
+    def _feed_forward(self, cells: Tensor, attended: Tensor) -> Tensor:
+        """What follows the attention; cells (..., C) are treated one by one."""
         cells = self.self_attn_layer_norm(cells + self.dropout(attended))
-        hidden = self.fc2(self.dropout(nn.functional.relu(self.fc1(cells))))
+        hidden = self.fc2(self.dropout(nn.functional.relu(self.fc1(cells), inplace=True)))
         return self.final_layer_norm(cells + self.dropout(hidden))
 
 

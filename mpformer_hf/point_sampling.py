@@ -7,6 +7,8 @@ P points, h w size of a map.
 import torch
 from torch import Tensor, nn
 
+from .deformable_attention import ms_deform_attn
+
 
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
     """Read maps bilinearly; outside of them is zero.
@@ -18,7 +20,26 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
     Returns:
         (R, C, P).
     """
+    if maps.device.type == "cpu" and maps.shape[1] % HEAD_DIM == 0:
+        return _sample_channels_last(maps, points)
     return nn.functional.grid_sample(maps, 2 * points[:, None] - 1, align_corners=False)[:, :, 0]
+
+
+# Channels that are read together; the deformable attention is compiled specially for this number.
+HEAD_DIM = 32
+
+
+def _sample_channels_last(maps: Tensor, points: Tensor) -> Tensor:
+    """`sample_maps` as a deformable attention that looks at one point.
+
+    Once the channels of a pixel lie together, reading them is many times faster than `grid_sample`, which jumps from one to the
+    next.
+    """
+    num_rows, num_channels, height, width = maps.shape
+    value = maps.flatten(2).transpose(1, 2).reshape(num_rows, height * width, -1, HEAD_DIM)
+    locations = points[:, :, None, None, None].expand(-1, -1, num_channels // HEAD_DIM, -1, -1, -1)
+    samples = ms_deform_attn(value, [(height, width)], locations, locations.new_ones(locations.shape[:-1]))
+    return samples.flatten(2).transpose(1, 2)
 
 
 def sample_masks(masks: Tensor, mask_index: Tensor, points: Tensor, padded_size: tuple[int, int]) -> Tensor:
@@ -45,10 +66,10 @@ class MaskReader:
         self.padded_size = padded_size
         self.is_binary = not masks.is_floating_point()
         if self.is_binary:
-            pixels = nn.functional.pad((masks != 0).to(torch.uint8), (1, 2, 1, 2))
-            table = pixels[:, :-1, :-1].clone()
-            for bit, neighbour in ((1, pixels[:, :-1, 1:]), (2, pixels[:, 1:, :-1]), (3, pixels[:, 1:, 1:])):
-                table |= neighbour << bit
+            is_set = masks if masks.dtype == torch.bool else masks != 0
+            pixels = nn.functional.pad(is_set.view(torch.uint8), (1, 2, 1, 2))
+            pairs = pixels[:, :, :-1] | (pixels[:, :, 1:] << 1)
+            table = pairs[:, :-1] | (pairs[:, 1:] << 2)
         else:
             table = nn.functional.pad(masks, (1, 3, 1, 3))
         self.row_length, self.mask_length = table.shape[2], table.shape[1] * table.shape[2]

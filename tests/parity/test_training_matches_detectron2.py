@@ -21,7 +21,6 @@ from tests.parity.golden_cases import (
     GoldenCase,
     SeenByDecoder,
     build_model,
-    detectron2_frozen_batch_norm,
     fixed_random_points,
     load_case,
     our_loss_name,
@@ -96,7 +95,6 @@ def train(name: str, variant: str) -> TrainingStep:
     matched = []
     with (
         fixed_random_points(case.train["fixed_points"]),
-        detectron2_frozen_batch_norm(),
         watch_decoder(model) as seen,
         recorded_results(mask_losses, "assign", lambda result, costs: matched.append((costs, result))),
     ):

@@ -1,4 +1,4 @@
-"""The operator's two implementations against loops over its definition, and the module around it.
+"""The operator's implementations against loops over its definition, and the module around it.
 
 Axes: B images, Q queries, S cells of all levels, N heads, D channels of a head, L levels, K points.
 """
@@ -13,17 +13,20 @@ from torch import Tensor
 
 from mpformer_hf import deformable_attention
 from mpformer_hf.deformable_attention import (
-    MultiScaleDeformableAttention,
+    MultiScaleDeformableSelfAttention,
     cell_centres,
+    choose_implementation,
     locate_samples,
     ms_deform_attn,
     ms_deform_attn_reference,
 )
+from mpformer_hf.embedding_bag_attention import EmbeddingBagAttention
 
 Shapes = tuple[tuple[int, int], ...]
 SHAPES: Shapes = ((2, 3), (4, 5), (1, 1))
 IMPLEMENTATIONS = [
-    pytest.param(ms_deform_attn, id="embedding_bag"),
+    pytest.param(ms_deform_attn, id="operator"),
+    pytest.param(EmbeddingBagAttention.apply, id="embedding_bag"),
     pytest.param(ms_deform_attn_reference, id="grid_sample"),
 ]
 
@@ -162,16 +165,18 @@ def test_a_point_on_the_centre_of_a_cell_reads_that_cell(operator: Callable[...,
 
 def test_implementations_agree_on_larger_maps():
     inputs = draw_inputs(((7, 11), (14, 22), (28, 43)), num_queries=300, num_heads=4, head_dim=8, num_points=4)
-    results = [run_with_gradients(operator.values[0], inputs) for operator in IMPLEMENTATIONS]
-    assert_same_results(*results, rtol=1e-10, atol=1e-10)
+    *others, reference = [run_with_gradients(operator.values[0], inputs) for operator in IMPLEMENTATIONS]
+    for result in others:
+        assert_same_results(result, reference, rtol=1e-10, atol=1e-10)
 
 
 def test_implementations_agree_in_single_precision():
     inputs = draw_inputs(
         ((8, 10), (16, 20)), num_queries=200, num_heads=4, head_dim=8, num_points=4, dtype=torch.float32
     )
-    results = [run_with_gradients(operator.values[0], inputs) for operator in IMPLEMENTATIONS]
-    assert_same_results(*results, rtol=1e-3, atol=1e-4)
+    *others, reference = [run_with_gradients(operator.values[0], inputs) for operator in IMPLEMENTATIONS]
+    for result in others:
+        assert_same_results(result, reference, rtol=1e-3, atol=1e-4)
 
 
 def test_implementations_agree_on_borders_and_centres():
@@ -179,8 +184,9 @@ def test_implementations_agree_on_borders_and_centres():
     inputs = draw_inputs(((4, 8), (2, 2)), num_queries=64)
     eighths = torch.randint(-4, 21, inputs.locations.shape) / 16
     inputs = replace(inputs, locations=eighths.double())
-    results = [run_with_gradients(operator.values[0], inputs) for operator in IMPLEMENTATIONS]
-    assert_same_results(*results, rtol=1e-10, atol=1e-10)
+    *others, reference = [run_with_gradients(operator.values[0], inputs) for operator in IMPLEMENTATIONS]
+    for result in others:
+        assert_same_results(result, reference, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("operator", IMPLEMENTATIONS)
@@ -286,12 +292,12 @@ def test_a_wrong_number_of_cells_is_explained():
 
 
 @pytest.fixture
-def module() -> MultiScaleDeformableAttention:
+def module() -> MultiScaleDeformableSelfAttention:
     """4 heads of 4 channels, 2 levels, 3 points; offsets and weights depend on the queries."""
-    return MultiScaleDeformableAttention(embed_dim=16, num_heads=4, num_levels=2, num_points=3)
+    return MultiScaleDeformableSelfAttention(embed_dim=16, num_heads=4, num_levels=2, num_points=3)
 
 
-def test_module_follows_its_definition(module: MultiScaleDeformableAttention):
+def test_module_follows_its_definition(module: MultiScaleDeformableSelfAttention):
     module.double()
     shapes = ((2, 3), (3, 5))
     cells, positions = torch.randn(2, 21, 16, dtype=torch.float64), torch.randn(1, 21, 16, dtype=torch.float64)
@@ -318,7 +324,7 @@ def test_module_follows_its_definition(module: MultiScaleDeformableAttention):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_locations_and_weights_stay_float32_in_half_precision(
-    module: MultiScaleDeformableAttention, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    module: MultiScaleDeformableSelfAttention, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ):
     seen = []
 
@@ -328,7 +334,7 @@ def test_locations_and_weights_stay_float32_in_half_precision(
 
     monkeypatch.setattr(deformable_attention, "ms_deform_attn", recorded)
     output, weights = module.to(dtype)(
-        torch.randn(1, 6, 16, dtype=dtype), torch.zeros(1, 6, 16, dtype=dtype), SHAPES[:1]
+        torch.randn(1, 26, 16, dtype=dtype), torch.zeros(1, 26, 16, dtype=dtype), SHAPES[:2]
     )
     assert seen == [(dtype, torch.float32, torch.float32)]
     assert output.dtype == dtype
@@ -348,7 +354,7 @@ def test_centres_are_listed_level_by_level_and_row_by_row():
 
 
 def test_offsets_start_on_a_ring_with_equal_weights():
-    module = MultiScaleDeformableAttention(embed_dim=32, num_heads=8, num_levels=3, num_points=4)
+    module = MultiScaleDeformableSelfAttention(embed_dim=32, num_heads=8, num_levels=3, num_points=4)
     module.initialise_weights(gain=1.0)
     directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]  # on a square, as the original
     expected = [[[[x * k, y * k] for k in (1, 2, 3, 4)] for _ in range(3)] for x, y in directions]
@@ -361,7 +367,7 @@ def test_offsets_start_on_a_ring_with_equal_weights():
 
 def test_a_loaded_ring_is_kept():
     """transformers marks weights that it has loaded and initialises the rest."""
-    module = MultiScaleDeformableAttention(embed_dim=16, num_heads=4, num_levels=2, num_points=3)
+    module = MultiScaleDeformableSelfAttention(embed_dim=16, num_heads=4, num_levels=2, num_points=3)
     loaded = module.sampling_offsets.bias.detach().clone()
     module.sampling_offsets.bias._is_hf_initialized = True
     module.initialise_weights(gain=1.0)
@@ -371,28 +377,49 @@ def test_a_loaded_ring_is_kept():
 # ----------------------------------------------------------------------------------------------------- compile and export
 
 
-@pytest.fixture
-def no_embedding_bag(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fail where the CPU path runs."""
-
-    def refuse(*_) -> None:
-        pytest.fail("The CPU path ran while torch was tracing.")
-
-    monkeypatch.setattr(deformable_attention._EmbeddingBagAttention, "apply", refuse)
+@pytest.fixture(params=["operator", "embedding_bag", "reference"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Choose what runs in eager mode."""
+    if request.param != "operator":
+        monkeypatch.setenv("MPFORMER_MSDA_BACKEND", request.param)
+    return request.param
 
 
-def test_cpu_path_is_taken_in_eager_mode(no_embedding_bag: None):
-    with pytest.raises(pytest.fail.Exception, match="The CPU path ran"):
+def names_of_operators(graph: torch.fx.Graph) -> set[str]:
+    return {str(node.target) for node in graph.nodes if node.op == "call_function"}
+
+
+def test_the_choice_is_what_the_environment_says(implementation: str):
+    assert choose_implementation("cpu") == implementation
+
+
+def test_without_the_package_the_cpu_runs_on_embedding_bag_and_other_devices_on_the_reference(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(deformable_attention, "has_operator", lambda device_type: False)
+    assert choose_implementation("cpu") == "embedding_bag"
+    assert choose_implementation("cuda") == choose_implementation("mps") == "reference"
+
+
+def test_an_unknown_backend_is_an_error_that_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MPFORMER_MSDA_BACKEND", "fast")
+    with pytest.raises(ValueError, match=r"'fast' is no backend. Choose one of: hub, deformops, compiled, embedding_bag,"):
         ms_deform_attn(*draw_inputs().arguments)
 
 
+def test_a_forced_backend_that_is_not_there_is_an_error_with_the_way_to_find_out_why(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MPFORMER_MSDA_BACKEND", "compiled")
+    with pytest.raises(RuntimeError, match=r"no operator is registered for mps.*doctor"):
+        choose_implementation("mps")
+
+
 def test_compiled_module_equals_the_eager_one_without_a_graph_break(
-    module: MultiScaleDeformableAttention, request: pytest.FixtureRequest
+    module: MultiScaleDeformableSelfAttention, implementation: str
 ):
     cells, positions, shapes = torch.randn(2, 26, 16), torch.randn(1, 26, 16), SHAPES[:2]
     expected, _ = module(cells, positions, shapes)
     expected_gradients = torch.autograd.grad(expected.square().sum(), list(module.parameters()))
-    request.getfixturevalue("no_embedding_bag")
+    torch.compiler.reset()
 
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     output, _ = compiled(cells, positions, shapes)
@@ -403,12 +430,17 @@ def test_compiled_module_equals_the_eager_one_without_a_graph_break(
         torch.testing.assert_close(gradient, wanted, rtol=1e-3, atol=1e-4)
 
 
-def test_exported_module_holds_plain_operators_and_equals_the_eager_one(module: MultiScaleDeformableAttention):
+def test_exported_module_holds_the_operator_or_plain_pytorch_and_equals_the_eager_one(
+    module: MultiScaleDeformableSelfAttention, implementation: str
+):
     cells, positions, shapes = torch.randn(2, 26, 16), torch.randn(1, 26, 16), SHAPES[:2]
     expected, _ = module(cells, positions, shapes)
     program = torch.export.export(module, (cells, positions, shapes))
-    operators = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert any("grid_sampl" in name for name in operators)
-    assert not any("embedding_bag" in name for name in operators)
+    names = names_of_operators(program.graph)
+    if implementation == "operator":
+        assert "mpformer.ms_deform_attn.default" in names
+    else:
+        assert any("grid_sampl" in name for name in names)
+        assert not any("embedding_bag" in name or "mpformer" in name for name in names)
     output, _ = program.module()(cells, positions, shapes)
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
