@@ -18,8 +18,10 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
             return nn.functional.batch_norm(
                 maps, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
             )
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
+        mean, variance = self.running_mean, self.running_var
+        assert mean is not None and variance is not None  # noqa: PT018 - for the type checker; `replace_in` has looked
+        scale = self.weight * (variance + self.eps).rsqrt()
+        shift = self.bias - mean * scale
         shape = (1, -1, 1, 1)
         return (maps * scale.to(maps.dtype).view(shape)).add_(shift.to(maps.dtype).view(shape))
 

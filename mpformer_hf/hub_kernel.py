@@ -70,7 +70,7 @@ def read_forced_backend() -> str | None:
 def refuse_to_go_on(reason: str) -> NoReturn:
     """Say why the kernel that was asked for by name cannot run."""
     raise RuntimeError(
-        f"MPFORMER_MSDA_BACKEND=hub, but no kernel of the kernels hub can be used: {reason}. "
+        f"MPFORMER_MSDA_BACKEND=hub, but no kernel of the kernels hub can be used: {reason.rstrip('.')}. "
         "Load the model with from_pretrained(..., use_kernels=True), or unset the variable."
     )
 
@@ -115,7 +115,7 @@ def refuse(kernel: Forward, device: torch.device, reason: str | None) -> None:
         logger.warning(
             "The deformable attention of the kernels hub (%s) is not used: %s. The model goes on with its own.",
             kernel.__module__,
-            reason,
+            reason.rstrip("."),
         )
 
 
@@ -294,5 +294,6 @@ class KernelFallback:
             attach(use_kernels, kernel_config, mode)
         except Exception as error:  # not all kernels' and hubs' errors have a common type
             logger.warning(
-                "No kernels of the kernels hub are used: %s. The model goes on with its own.", describe(error)
+                "No kernels of the kernels hub are used: %s. The model goes on with its own.",
+                describe(error).rstrip("."),
             )

@@ -187,9 +187,7 @@ def try_in_child(candidate: Candidate, device: torch.device, timeout: float) -> 
         return Verdict(is_good=False, reason=f"the self-test could not be started: {describe(error)}"), False
 
 
-def _try_in_folder(
-    candidate: Candidate, device: torch.device, timeout: float, folder: Path
-) -> tuple[Verdict, bool]:
+def _try_in_folder(candidate: Candidate, device: torch.device, timeout: float, folder: Path) -> tuple[Verdict, bool]:
     request = {
         "opener": candidate.opener,
         "arguments": candidate.arguments,
@@ -321,9 +319,7 @@ class Inputs:
     direction: Tensor
 
 
-def draw_inputs(
-    shapes: Shapes, batch_size: int, num_queries: int, dtype: torch.dtype, device: torch.device
-) -> Inputs:
+def draw_inputs(shapes: Shapes, batch_size: int, num_queries: int, dtype: torch.dtype, device: torch.device) -> Inputs:
     """Seeded inputs; samples keep away from the lines between centres, where the derivative jumps, and some lie outside."""
     generator = torch.Generator().manual_seed(0)
     per_point = (batch_size, num_queries, NUM_HEADS, len(shapes), NUM_POINTS)

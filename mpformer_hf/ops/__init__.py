@@ -14,7 +14,7 @@ from . import build, operator
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["register"]
+__all__ = ["build", "register"]
 
 
 @functools.cache

@@ -181,19 +181,18 @@ def build_library(kind: str, destination: Path | None = None, *, force: bool = F
         folder = destination
         folder.mkdir(parents=True, exist_ok=True)
     path = folder / library_name(kind)
-    with lock(folder / "lock"):
-        if path.is_file() and not force:
-            return path
-        failure = folder / _failure_name(kind)
-        try:
-            _compile(kind, compiler, path)
-        except BuildError as error:
-            if destination is None:
-                failure.write_text(str(error))
-            raise
-        failure.unlink(missing_ok=True)
-    if destination is not None:
-        (folder / "lock").unlink(missing_ok=True)  # a folder that is packed into a wheel
+    try:
+        with lock(folder / "lock"):
+            if force or not path.is_file():
+                _compile(kind, compiler, path)
+    except BuildError as error:
+        if destination is None:
+            (folder / _failure_name(kind)).write_text(str(error))
+        raise
+    finally:
+        if destination is not None:  # it may be packed into a wheel
+            (folder / "lock").unlink(missing_ok=True)
+    (folder / _failure_name(kind)).unlink(missing_ok=True)
     return path
 
 
@@ -289,7 +288,8 @@ def explain_absence(kind: str) -> str:
         return refusal
     failure = read_failure(kind)
     if failure is not None:
-        return f"compiling failed: {' '.join(failure.split())[:400]}"
+        first, last = failure.splitlines()[0], failure.splitlines()[-1]
+        return f"compiling failed: {first}" + (f" It said: {last.strip()}" if last != first else "")
     return f"not built yet; run: python -m mpformer_hf.ops build{' --cuda' if kind == 'cuda' else ''}"
 
 

@@ -7,6 +7,7 @@ import ctypes
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ class CompiledLibrary:
             )
         library.mpformer_describe.restype = library.mpformer_explain.restype = ctypes.c_char_p
         library.mpformer_explain.argtypes = [ctypes.c_int]
-        sizes_and_place = [ctypes.c_int, ctypes.POINTER(_Sizes), ctypes.POINTER(_Place)]
+        sizes_and_place: list[Any] = [ctypes.c_int, ctypes.POINTER(_Sizes), ctypes.POINTER(_Place)]
         library.mpformer_forward.argtypes = [*sizes_and_place, *[ctypes.c_void_p] * 4]
         library.mpformer_backward.argtypes = [*sizes_and_place, *[ctypes.c_void_p] * 7]
         self.description: str = library.mpformer_describe().decode()

@@ -87,7 +87,7 @@ def look_at(backend: Backend, device: torch.device, sample: Sample) -> Finding:
         if absence is not None:
             return Finding(backend.name, absence)
         output = backend.run(sample.value.detach(), SHAPES, sample.locations.detach(), sample.weights.detach())
-        error = ((output.double() - sample.exact).abs().max() / sample.exact.abs().max()).item()
+        difference = ((output.double() - sample.exact).abs().max() / sample.exact.abs().max()).item()
         forward = measure(lambda: _run(backend, sample), device)
         leaves = (sample.value, sample.locations, sample.weights)
         both = measure(lambda: torch.autograd.grad(_run(backend, sample).sum(), leaves), device)
@@ -95,7 +95,7 @@ def look_at(backend: Backend, device: torch.device, sample: Sample) -> Finding:
         return Finding(
             backend.name, f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         )
-    return Finding(backend.name, None, error, 1e3 * forward, 1e3 * both)
+    return Finding(backend.name, None, difference, 1e3 * forward, 1e3 * both)
 
 
 def _run(backend: Backend, sample: Sample) -> Tensor:
@@ -113,8 +113,8 @@ def draw_sample(device: torch.device) -> Sample:
     locations = cell_centres(SHAPES, torch.device("cpu"))[None, :, None, None, None] + offsets
     weights = torch.rand(size, generator=generator).flatten(3).softmax(-1).view(size)
     exact = ms_deform_attn_reference(value.double(), SHAPES, locations.double(), weights.double())
-    leaves = [tensor.to(device).requires_grad_() for tensor in (value, locations, weights)]
-    return Sample(*leaves, exact.to(device))
+    value, locations, weights = (tensor.to(device).requires_grad_() for tensor in (value, locations, weights))
+    return Sample(value, locations, weights, exact.to(device))
 
 
 def measure(run: Callable[[], object], device: torch.device) -> float:

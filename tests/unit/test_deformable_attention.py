@@ -403,7 +403,9 @@ def test_without_the_package_the_cpu_runs_on_embedding_bag_and_other_devices_on_
 
 def test_an_unknown_backend_is_an_error_that_lists_the_known_ones(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MPFORMER_MSDA_BACKEND", "fast")
-    with pytest.raises(ValueError, match=r"'fast' is no backend. Choose one of: hub, deformops, compiled, embedding_bag,"):
+    with pytest.raises(
+        ValueError, match=r"'fast' is no backend. Choose one of: hub, deformops, compiled, embedding_bag,"
+    ):
         ms_deform_attn(*draw_inputs().arguments)
 
 

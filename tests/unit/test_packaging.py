@@ -26,7 +26,7 @@ EXTRAS_OF = {
     "training": ("train",),
     "conversion": ("train",),
     "benchmarks": ("train", "dev"),
-    "tests": ("train", "dev"),
+    "tests": ("train", "kernels", "dev"),
 }
 # Import name -> distribution, where they differ.
 DISTRIBUTION_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
