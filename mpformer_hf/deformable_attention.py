@@ -220,6 +220,8 @@ def choose_implementation(device_type: str) -> str:
 
 def has_operator(device_type: str) -> bool:
     """Whether `mpformer_hf.ops` has registered the operator for "cpu", "cuda"...; never for Hub users without the package."""
+    if not hasattr(torch.ops.mpformer, "ms_deform_attn"):
+        return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(  # noqa: SLF001 - torch offers no public question
         "mpformer::ms_deform_attn", device_type.upper()
     )

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -91,8 +91,8 @@ class Verdict:
 def examine(candidate: Candidate, device: torch.device, timeout: float = TIMEOUT) -> Verdict:
     """The verdict on a candidate: from memory, from the cache on disk, or from a child process.
 
-    Failures that may pass (a kernel that cannot be loaded, a time limit, memory that ran out) are remembered by this process alone.
-    An unwritable cache does no harm.
+    Failures that may pass (a kernel that cannot be loaded, memory that ran out) are remembered by this process alone. An unwritable
+    cache does no harm.
     """
     if os.environ.get(IN_CHILD):
         return Verdict(is_good=False, reason="this process is itself a self-test")
@@ -202,10 +202,13 @@ def _try_in_folder(candidate: Candidate, device: torch.device, timeout: float, f
     environment.pop("MPFORMER_MSDA_BACKEND", None)
     with (folder / "noise.txt").open("w") as noise:
         status = _run([sys.executable, "-c", SCRIPT, str(request_file)], environment, noise, timeout)
-    return judge(status, _read_answer(folder / "answer.json"), timeout)
+    answer = _read_answer(folder / "answer.json")
+    if answer is None:
+        return Verdict(is_good=False, reason=f"the self-test itself did not start: {_describe_end(status)}"), False
+    return judge(status, answer, timeout)
 
 
-def _run(command: list[str], environment: dict[str, str], noise: Any, timeout: float) -> int | None:
+def _run(command: list[str], environment: dict[str, str], noise: IO[str], timeout: float) -> int | None:
     """The exit status of the command, None if it had to be stopped, together with what it had started."""
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=noise, stderr=noise, start_new_session=True
@@ -221,11 +224,12 @@ def _run(command: list[str], environment: dict[str, str], noise: Any, timeout: f
                 process.kill()
 
 
-def _read_answer(path: Path) -> dict[str, Any]:
+def _read_answer(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        answer: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):
-        return {"stage": "start"}
+        return None
+    return answer
 
 
 def judge(status: int | None, answer: dict[str, Any], timeout: float) -> tuple[Verdict, bool]:
@@ -240,21 +244,23 @@ def judge(status: int | None, answer: dict[str, Any], timeout: float) -> tuple[V
         return Verdict(**answer["verdict"]), answer["is_final"]
     doing = {"start": "while it was loaded", "run": "while it ran"}[answer["stage"]]
     if status is None:
-        return Verdict(is_good=False, reason=f"it did not finish within {timeout:.0f} s, stopped {doing}"), False
-    if status < 0:
-        ending = f"signal {_name_signal(-status)}"
-        return Verdict(is_good=False, reason=f"it ended its process with {ending} {doing}"), -status != _SIGKILL
-    return Verdict(is_good=False, reason=f"it ended its process with exit status {status} {doing}"), True
+        return Verdict(is_good=False, reason=f"it did not finish within {timeout:g} s, stopped {doing}"), True
+    reason = f"it ended its process with {_describe_end(status)} {doing}"
+    return Verdict(is_good=False, reason=reason), status != -_SIGKILL
 
 
 _SIGKILL = 9  # also sent when memory runs out, which may pass
 
 
-def _name_signal(number: int) -> str:
+def _describe_end(status: int | None) -> str:
+    if status is None:
+        return "stopped after the time limit"
+    if status >= 0:
+        return f"exit status {status}"
     try:
-        return signal.Signals(number).name
+        return f"signal {signal.Signals(-status).name}"
     except ValueError:
-        return str(number)
+        return f"signal {-status}"
 
 
 def describe(error: BaseException) -> str:
@@ -285,14 +291,14 @@ def answer(request: dict[str, Any]) -> None:
         module, _, function = request["opener"].partition(":")
         opener = getattr(importlib.import_module(f"{__package__}.{module}"), function)
         trial: Trial = opener(request["arguments"], device)
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is the answer
+    except Exception as error:  # whatever it is, it is the answer
         refuse(f"it cannot be loaded: {describe(error)}", is_final=False)
         return
     write("run")
     try:
         fault = find_fault(trial.run, device)
         times = None if fault or trial.rival is None else [measure(run, device) for run in (trial.run, trial.rival)]
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         refuse(f"it failed: {describe(error)}", is_final=not isinstance(error, MemoryError | torch.OutOfMemoryError))
         return
     milliseconds, rival_milliseconds = times or (None, None)
@@ -347,7 +353,7 @@ def run_with_gradients(run: Attention, inputs: Inputs, dtype: torch.dtype | None
 
 def find_fault(run: Attention, device: torch.device) -> str | None:
     """One line about what is wrong with the numbers; None if they are right."""
-    from .deformable_attention import ms_deform_attn_reference
+    from .deformable_attention import ms_deform_attn_reference  # noqa: PLC0415 - that file imports this one
 
     for dtype, tolerances in TOLERANCES.items():
         inputs = draw_inputs(SMALL, batch_size=3, num_queries=100, dtype=dtype, device=device)

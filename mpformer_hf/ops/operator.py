@@ -76,11 +76,11 @@ def backward(
     weights: Tensor,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights; an empty tensor for one that is not needed."""
+    """Gradients of value, locations and weights, contiguous; an empty tensor for one that is not needed."""
     kernel = backends.choose_kernel(value, locations)
     grads = kernel.backward(grad_output, value, pair_up(spatial_shapes), locations, weights, needed)
     given = [
-        grad if is_needed and grad is not None else tensor.new_empty(0)
+        grad.contiguous() if is_needed and grad is not None else tensor.new_empty(0)
         for grad, is_needed, tensor in zip(grads, needed, (value, locations, weights), strict=True)
     ]
     return given[0], given[1], given[2]

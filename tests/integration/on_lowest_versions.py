@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ from torch import Tensor
 from transformers.utils.import_utils import is_kernels_available
 
 from mpformer_hf import MPFormerConfig, MPFormerForUniversalSegmentation, MPFormerImageProcessor
-from mpformer_hf.deformable_attention import MultiScaleDeformableAttention, MultiScaleDeformableSelfAttention
+from mpformer_hf.deformable_attention import (
+    MultiScaleDeformableAttention,
+    MultiScaleDeformableSelfAttention,
+    ms_deform_attn_reference,
+)
 from mpformer_hf.hub_kernel import KernelFallback, attached_forward
-from mpformer_hf.ops.hub import HubBackend
+from mpformer_hf.kernel_self_test import examine
+from mpformer_hf.ops.hub import HubBackend, find_downloaded
 from tests.factories import tiny_model
 from tests.kernel_repositories import LAYER, write_repository
 
@@ -72,6 +78,7 @@ def main(folder: Path) -> dict[str, Any]:
     found["missing"] = load_and_run(saved, expected, missing, True)
     offline = LayerRepository("kernels-community/deformable-detr", layer_name=LAYER, version=1)
     found["offline"] = load_and_run(saved, expected, offline, True)
+    found["doctor"] = check_doctor(folder)
     found["training"] = check_training(saved, LocalLayerRepository(folder / "kernels" / "good", layer_name=LAYER))
     return found
 
@@ -93,6 +100,24 @@ def check_basics(saved: Path, expected: Tensor) -> dict[str, Any]:
         "difference": (output - expected).abs().max().item(),
         "model type": MPFormerConfig.from_pretrained(saved).model_type,
         "pixels": list(batch["pixel_values"].shape),
+    }
+
+
+def check_doctor(folder: Path) -> dict[str, Any]:
+    """What the backend for `doctor` finds in an empty cache, and in one that holds a kernel; it runs that."""
+    before = find_downloaded()
+    home = Path(huggingface_hub.constants.HF_HUB_CACHE, "kernels--kernels-community--deformable-detr", "snapshots")
+    home.mkdir(parents=True)
+    write(folder / "downloaded", "good").rename(home / ("0123456789" * 4))
+    candidate = find_downloaded()
+    sizes = (2, 5, 3, 1, 4)
+    inputs = (torch.randn(2, 6, 3, 8), ((2, 3),), torch.rand(*sizes, 2), torch.rand(sizes))
+    difference = HubBackend().run(*inputs) - ms_deform_attn_reference(*inputs)
+    return {
+        "before": before,
+        "file": str(candidate.arguments["file"]),
+        "verdict": asdict(examine(candidate, torch.device("cpu"))),
+        "difference": difference.abs().max().item(),
     }
 
 

@@ -115,6 +115,14 @@ def test_a_kernel_that_cannot_be_had_does_not_keep_a_model_from_being_loaded(
     assert reason in absent["messages"][0]
 
 
+def test_doctor_finds_a_kernel_that_was_downloaded_and_only_such_a_one(found: dict[str, Any]):
+    doctor = found["doctor"]
+    assert doctor["before"].startswith("kernels-community/deformable-detr is not in the local cache")
+    assert doctor["file"].endswith(f"/snapshots/{'0123456789' * 4}/build/torch-universal/__init__.py")
+    assert doctor["verdict"]["is_good"]
+    assert doctor["difference"] < 1e-5
+
+
 def test_training_with_a_kernel_gives_the_same_loss_and_gradients(found: dict[str, Any]):
     training = found["training"]
     assert training["calls"] == 1
