@@ -8,6 +8,7 @@ Measured:
     training   forward and backward, batch 2, given number of segments an image, piloting off in ours
     piloting   the same with one pilot group, against ours without
     decoder    transformer decoder, heads and losses alone, on given features, forward and backward: memory
+    bound      inference and training with the deformable attention replaced by a copy
 """
 
 import argparse
@@ -29,8 +30,10 @@ from tqdm.auto import tqdm
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
 from mpformer_hf import MPFormerConfig, MPFormerForUniversalSegmentation
+from mpformer_hf.deformable_attention import MultiScaleDeformableAttention
 
-MODELS = ("transformers", "mpformer", "mpformer_piloted")
+BOUND = "mpformer_bound"  # deformable attention replaced by a copy: as fast as it could be
+MODELS = ("transformers", "mpformer", "mpformer_piloted", BOUND)
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,16 @@ def make_model(name: str, setting: Setting) -> nn.Module:
     )
     ours = MPFormerForUniversalSegmentation(config)
     ours.load_state_dict(theirs.state_dict(), strict=False)
+    if name == BOUND:
+        replace_operator_by_copy(ours)
     return ours.to(setting.device)
+
+
+def replace_operator_by_copy(model: nn.Module) -> None:
+    """The same model with an operator that returns its value: what is left when deformable attention costs nothing."""
+    for module in model.modules():
+        if isinstance(module, MultiScaleDeformableAttention):
+            module.attend = lambda value, *_: value.clone()
 
 
 def freeze_batch_norms(model: nn.Module) -> None:
@@ -264,15 +276,15 @@ class PeakMemory:
 
 def measure(setting: Setting, repeats: int, decoder_segments: int) -> dict[str, Any]:
     """Everything that the module's docstring names."""
-    pair = ("transformers", "mpformer")
+    pair = ("transformers", "mpformer", BOUND)
     dense = Setting(**{**asdict(setting), "num_segments": decoder_segments})
     times = {
         "inference": measure_times("inference", pair, setting, repeats),
         "training": measure_times("training", MODELS, setting, repeats),
     }
     memory = {
-        "training": {name: measure_memory("training", name, setting) for name in tqdm(MODELS, desc="memory")},
-        "decoder": {name: measure_memory("decoder", name, dense) for name in tqdm(MODELS, desc="decoder memory")},
+        "training": {name: measure_memory("training", name, dense) for name in tqdm(MODELS, desc="memory")},
+        "decoder": {name: measure_memory("decoder", name, dense) for name in tqdm(MODELS[:-1], desc="decoder memory")},
     }
     training = {name: entry["min"] for name, entry in times["training"].items()}
     inference = {name: entry["min"] for name, entry in times["inference"].items()}
@@ -280,7 +292,10 @@ def measure(setting: Setting, repeats: int, decoder_segments: int) -> dict[str, 
         "inference speed-up": inference["transformers"] / inference["mpformer"],
         "training speed-up": training["transformers"] / training["mpformer"],
         "cost of piloting": training["mpformer_piloted"] / training["mpformer"] - 1,
-        "training memory": memory["training"]["mpformer"] / memory["training"]["transformers"],
+        "inference, share of the bound's speed": inference[BOUND] / inference["mpformer"],
+        "training, share of the bound's speed": training[BOUND] / training["mpformer"],
+        f"training memory, {decoder_segments} segments": memory["training"]["mpformer"]
+        / memory["training"]["transformers"],
         f"decoder and loss memory, {decoder_segments} segments": memory["decoder"]["mpformer"]
         / memory["decoder"]["transformers"],
         f"the same with piloting, {decoder_segments} segments": memory["decoder"]["mpformer_piloted"]
@@ -294,7 +309,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--image-size", type=int, default=512)
     parser.add_argument("--segments", type=int, default=10, help="segments an image in the training step")
-    parser.add_argument("--decoder-segments", type=int, default=50, help="segments an image in the decoder's memory")
+    parser.add_argument("--decoder-segments", type=int, default=50, help="segments an image where memory is measured")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")

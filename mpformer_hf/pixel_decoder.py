@@ -157,7 +157,8 @@ class PixelDecoderEncoderLayer(GradientCheckpointingLayer):
         """What follows the attention; cells (..., C) are treated one by one."""
         cells = self.self_attn_layer_norm(cells + self.dropout(attended))
         hidden = self.fc2(self.dropout(nn.functional.relu(self.fc1(cells), inplace=True)))
-        return self.final_layer_norm(cells + self.dropout(hidden))
+        # In place, on the fresh output of a linear layer: new memory costs more than the sum.
+        return self.final_layer_norm(self.dropout(hidden).add_(cells))
 
 
 def group_norm(num_channels: int) -> nn.GroupNorm:

@@ -41,4 +41,5 @@ rm -rf "$target"
     echo "error: the lowest versions could not be installed; the lines above say why. It needs a package index." >&2
     exit 1
 }
+mkdir -p "$target"
 printf '%s\n' "$wanted" >"$installed"

@@ -35,8 +35,6 @@ BODIES = {
     "good": GOOD,
     "wrong": GOOD.replace("return total", "return 1.01 * total"),
     "exiting": "os._exit(3)",
-    "crashing": "os.kill(os.getpid(), signal.SIGSEGV)",
-    "raising": 'raise RuntimeError("no kernel image is available for execution on the device")',
     # Good enough for a test, bad later.
     "unreliable": "if value.shape[3] == 4:\n    raise RuntimeError('head dimension 4')" + GOOD,
     "starving": "if value.shape[3] == 4:\n    raise torch.OutOfMemoryError('no memory left')" + GOOD,
@@ -44,7 +42,7 @@ BODIES = {
 
 
 def write_repository(folder: Path, kind: str) -> Path:
-    """Write the repository of a kernel that is good, wrong, exiting, crashing, raising, unreliable or starving.
+    """Write the repository of a kernel that is good, wrong, exiting, unreliable or starving.
 
     Returns:
         Its folder, for `kernels.LocalLayerRepository`.
@@ -54,7 +52,7 @@ def write_repository(folder: Path, kind: str) -> Path:
     body = "\n".join(f"        {line}" for line in BODIES[kind].strip().splitlines())
     (variant / "__init__.py").write_text("from . import layers\n")
     (variant / "layers.py").write_text(
-        "import os\nimport signal\n\nimport torch\nimport torch.nn.functional as F\n\nCALLS = []\n\n\n"
+        "import os\n\nimport torch\nimport torch.nn.functional as F\n\nCALLS = []\n\n\n"
         f"class {LAYER}(torch.nn.Module):\n    has_backward = True\n\n    def forward({SIGNATURE}):\n{body}\n"
     )
     metadata = {

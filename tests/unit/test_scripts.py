@@ -9,7 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BASH = shutil.which("bash")
-SCRIPTS = [".ci/run", "scripts/setup_environment.sh", "tests/run.sh", "training/quickstart.sh"]
+SCRIPTS = [
+    ".ci/run",
+    "scripts/install_lowest_versions.sh",
+    "scripts/setup_environment.sh",
+    "tests/run.sh",
+    "training/quickstart.sh",
+]
 
 pytestmark = pytest.mark.skipif(BASH is None, reason="needs bash")
 
@@ -124,13 +130,28 @@ def test_every_stage_runs_and_the_failed_one_is_named(installed_checkout):
 
 
 def test_a_second_run_installs_nothing_until_the_project_file_changes(installed_checkout):
-    def installations() -> int:
+    def installations() -> tuple[int, int]:
+        """Of the package, and of the lowest versions."""
         assert run(BASH, installed_checkout / "tests/run.sh", FAILING="nothing").returncode == 0
-        return len(calls_of(installed_checkout, "python -m pip install"))
+        calls = calls_of(installed_checkout, "python -m pip install")
+        return sum("--editable" in call for call in calls), sum("transformers==5.17.0" in call for call in calls)
 
-    assert [installations(), installations()] == [1, 1]
+    assert [installations(), installations()] == [(1, 1), (1, 1)]
     (installed_checkout / "pyproject.toml").write_text("# changed\n")
-    assert installations() == 2
+    assert installations() == (2, 1)
+
+
+def test_other_lowest_versions_are_installed_anew_and_a_failure_leaves_nothing(installed_checkout):
+    python, target = installed_checkout / ".venv/bin/python", installed_checkout / "lowest"
+    script = installed_checkout / "scripts/install_lowest_versions.sh"
+    assert run(BASH, script, target, PYTHON=str(python), FAILING="nothing").returncode == 0
+    assert "transformers==5.17.0" in (target / "installed-wheels").read_text()
+    script.write_text(script.read_text().replace("transformers==5.17.0", "transformers==5.18.0"))
+    outcome = run(BASH, script, target, PYTHON=str(python), FAILING="-m")
+    assert outcome.returncode == 1
+    assert "could not be installed" in outcome.stderr
+    assert not target.exists()
+    assert "got 0. Usage:" in run(BASH, script).stderr
 
 
 def test_the_quickstart_trains_and_then_predicts_in_a_new_process(installed_checkout):
