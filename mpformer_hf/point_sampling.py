@@ -37,6 +37,7 @@ def _sample_channels_last(maps: Tensor, points: Tensor) -> Tensor:
     """
     num_rows, num_channels, height, width = maps.shape
     value = maps.flatten(2).transpose(1, 2).reshape(num_rows, height * width, -1, HEAD_DIM)
+    points = points.to(torch.promote_types(points.dtype, torch.float32))
     locations = points[:, :, None, None, None].expand(-1, -1, num_channels // HEAD_DIM, -1, -1, -1)
     samples = ms_deform_attn(value, [(height, width)], locations, locations.new_ones(locations.shape[:-1]))
     return samples.flatten(2).transpose(1, 2)

@@ -69,9 +69,29 @@ def drawn_shapes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 # ---------------------------------------------------------------------------------------------------------- sample_maps
 
 
-def test_maps_are_read_bilinearly_with_zeros_outside():
-    maps, points = torch.randn(2, 3, 4, 5, dtype=torch.float64), random_points(2, 20, torch.float64)
+@pytest.mark.parametrize("num_channels", [3, 64])
+def test_maps_are_read_bilinearly_with_zeros_outside(num_channels: int):
+    maps, points = torch.randn(2, num_channels, 4, 5, dtype=torch.float64), random_points(2, 20, torch.float64)
     torch.testing.assert_close(sample_maps(maps, points), read_all(maps, points))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_channels_are_read_like_few(dtype: torch.dtype):
+    """They take another way on CPU; the type of the maps stays, and gradients arrive."""
+    maps, points = torch.randn(2, 64, 9, 11, dtype=dtype).requires_grad_(), random_points(2, 50, dtype)
+    found = sample_maps(maps, points)
+    expected = torch.cat([sample_maps(few.float(), points.float()) for few in maps.split(8, dim=1)], dim=1)
+    assert found.dtype == dtype
+    torch.testing.assert_close(
+        found.float(),
+        expected,
+        rtol=1e-2 if dtype == torch.bfloat16 else 1e-5,
+        atol=1e-2 if dtype == torch.bfloat16 else 1e-6,
+    )
+    direction = torch.randn(found.shape)
+    (grad,) = torch.autograd.grad((found * direction).sum(), maps)
+    (wanted,) = torch.autograd.grad((expected * direction).sum(), maps)
+    torch.testing.assert_close(grad, wanted, rtol=1e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_points_are_x_then_y():
