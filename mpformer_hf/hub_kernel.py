@@ -8,6 +8,8 @@ what it cannot do. Else there is one line in the log, and the model goes on with
 Axes: B images, Q queries, S cells of all levels, N heads, D channels of a head, L levels, K points.
 """
 
+import base64
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -15,8 +17,9 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MethodType
 from typing import Any, NoReturn
@@ -34,6 +37,7 @@ logger = logging.getLogger(__name__)
 Shapes = tuple[tuple[int, int], ...]
 Forward = Callable[..., Tensor]
 
+LAYER_NAME = "MultiScaleDeformableAttention"
 MOST_IMAGES_AT_ONCE = 64
 MOST_ELEMENTS = 2**31  # the kernels count in 32 bits
 
@@ -290,10 +294,105 @@ class KernelFallback:
             return
         if kernel_config is not None:
             kernel_config.sanitize_kernel_mapping(self)  # mistakes of the caller are no matter of the kernel
-        try:
+        refusal = None if kernel_config is not None else try_before_loading(self)  # type: ignore[arg-type]
+        if refusal is None:
+            try:
+                attach(use_kernels, kernel_config, mode)
+            except Exception as error:  # noqa: BLE001, RUF100 - not all kernels' and hubs' errors have a common type
+                refusal = describe(error)
+            else:
+                if kernel_config is None:
+                    trust_attached(self)  # type: ignore[arg-type]
+                return
+        # Layers of the backbone may have kernels of their own, which are not to blame.
+        with hide_layer(self):  # type: ignore[arg-type]
             attach(use_kernels, kernel_config, mode)
-        except Exception as error:  # not all kernels' and hubs' errors have a common type
-            logger.warning(
-                "No kernels of the kernels hub are used: %s. The model goes on with its own.",
-                describe(error).rstrip("."),
-            )
+        warn_once(refusal.rstrip("."))
+
+
+@functools.cache
+def warn_once(reason: str) -> None:
+    """Say why, once: every change between training and evaluation comes here again."""
+    logger.warning(
+        "The deformable attention of the kernels hub is not used: %s. The model goes on with its own.", reason
+    )
+
+
+def trust_attached(model: nn.Module) -> None:
+    """What was tried before it was loaded needs no second trial."""
+    device = getattr(model, "device", None)
+    if device is None or find_repository(device, is_training=model.training) is None:
+        return
+    for module in model.modules():
+        kernel = attached_forward(module) if getattr(type(module), "kernel_layer_name", None) == LAYER_NAME else None
+        if kernel is not None:
+            _refusals.setdefault((kernel, device), None)
+
+
+@contextlib.contextmanager
+def hide_layer(model: nn.Module) -> Iterator[None]:
+    """Keep `kernels` from seeing the layers of `model` that it could replace by deformable attention."""
+    classes: set[Any] = {
+        type(module) for module in model.modules() if getattr(type(module), "kernel_layer_name", None) == LAYER_NAME
+    }
+    for layer_class in classes:
+        del layer_class.kernel_layer_name
+    try:
+        yield
+    finally:
+        for layer_class in classes:
+            layer_class.kernel_layer_name = LAYER_NAME
+
+
+def try_before_loading(model: nn.Module) -> str | None:
+    """Let a child process load and test what transformers would load into this one: importing a kernel can end a process.
+
+    Returns:
+        None if it is good or `kernels` does not tell which one it is, else one line why not.
+    """
+    device = getattr(model, "device", None)
+    repository = None if device is None else find_repository(device, is_training=model.training)
+    if device is None or repository is None:
+        return None
+    packed = base64.b64encode(pickle.dumps(repository)).decode()
+    candidate = Candidate("hub", name_version(repository), "hub_kernel:open_repository", {"repository": packed})
+    verdict = examine(candidate, device)
+    return None if verdict.is_good else verdict.reason
+
+
+def name_version(repository: Any) -> str | None:  # noqa: ANN401 - a type of `kernels`
+    """Revision or files of a kernel; None if they cannot be told, as offline."""
+    try:
+        folder = getattr(repository, "_repo_path", None)
+        return str(repository) if folder is None else fingerprint(Path(folder) / "__init__.py")
+    except Exception:  # the hub's errors have no common type
+        return None
+
+
+def find_repository(device: torch.device, *, is_training: bool) -> Any:  # noqa: ANN401
+    """The repository that `kernels` would take the layer from; None if there is none for the device, or it cannot be told."""
+    try:
+        from kernels import Mode  # noqa: PLC0415
+        from kernels.layer.globals import _KERNEL_MAPPING  # noqa: PLC0415
+        from kernels.layer.repos import _select_repository  # noqa: PLC0415
+        from transformers.integrations.hub_kernels import register_kernel_mapping_transformers  # noqa: PLC0415
+
+        register_kernel_mapping_transformers()
+        kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type
+        by_property = _KERNEL_MAPPING.get().get(LAYER_NAME, {}).get(kind)
+        repositories = None if by_property is None else by_property.repos
+        chosen = (
+            _select_repository(repositories, mode=Mode.TRAINING if is_training else Mode.INFERENCE)
+            if repositories
+            else None
+        )
+    except (ImportError, AttributeError, TypeError):
+        return None
+    return None if chosen is None else chosen[0]
+
+
+def open_repository(arguments: dict[str, str], device: torch.device) -> Trial:
+    """The layer of a packed repository, for its self-test."""
+    del device
+    layer_class = pickle.loads(base64.b64decode(arguments["repository"])).load()  # noqa: S301, RUF100 - packed by the parent
+    return Trial(functools.partial(run_kernel, layer_class.forward, layer_class()))

@@ -30,6 +30,7 @@ from transformers.utils.import_utils import is_timm_available
 
 from .configuration_mpformer import FEATURE_STRIDES, MPFormerConfig
 from .frozen_batch_norm import FrozenBatchNorm2d
+from .hub_kernel import KernelFallback
 from .mask_decoder import DecoderFeatures, DecoderOutput, MaskedAttentionDecoder, Pilot
 from .mask_losses import LevelPredictions, PointSettings, UniversalSegmentationCriterion
 from .mask_matching import CostWeights
@@ -124,7 +125,7 @@ class MPFormerForUniversalSegmentationOutput(ModelOutput):
     pilot_auxiliary_logits: list[dict[str, Tensor]] | None = None
 
 
-class MPFormerPreTrainedModel(PreTrainedModel):
+class MPFormerPreTrainedModel(KernelFallback, PreTrainedModel):
     """Initialisation and loading shared by the models."""
 
     config: MPFormerConfig

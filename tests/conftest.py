@@ -34,6 +34,9 @@ os.environ |= {
     "MPLBACKEND": "Agg",
 }
 
+# Not a test: a program for an environment that has what it imports.
+collect_ignore = ["integration/on_lowest_versions.py"]
+
 
 class NetworkBlockedError(RuntimeError):
     """Not an `OSError`: libraries answer those by falling back to a cache, which would hide the attempt."""

@@ -41,16 +41,19 @@ BODIES = {
 }
 
 
+INITS = {"deadly": "import os\n\nos._exit(17)\n"}  # as soon as it is imported
+
+
 def write_repository(folder: Path, kind: str) -> Path:
-    """Write the repository of a kernel that is good, wrong, exiting, unreliable or starving.
+    """Write the repository of a kernel that is good, wrong, exiting, deadly, unreliable or starving.
 
     Returns:
         Its folder, for `kernels.LocalLayerRepository`.
     """
     variant = folder / kind / "build" / "torch-universal"
     variant.mkdir(parents=True)
-    body = "\n".join(f"        {line}" for line in BODIES[kind].strip().splitlines())
-    (variant / "__init__.py").write_text("from . import layers\n")
+    body = "\n".join(f"        {line}" for line in BODIES.get(kind, GOOD).strip().splitlines())
+    (variant / "__init__.py").write_text(INITS.get(kind, "from . import layers\n"))
     (variant / "layers.py").write_text(
         "import os\n\nimport torch\nimport torch.nn.functional as F\n\nCALLS = []\n\n\n"
         f"class {LAYER}(torch.nn.Module):\n    has_backward = True\n\n    def forward({SIGNATURE}):\n{body}\n"

@@ -31,7 +31,8 @@ fi
 run_stage style ruff check .
 run_stage format ruff format --check .
 run_stage types mypy
-run_stage tests python -m pytest --durations=15 "$@"
+# Two at a time: each uses one thread.
+run_stage tests python -m pytest --numprocesses 2 --durations=15 "$@"
 
 echo
 if [ -n "$failed" ]; then

@@ -215,11 +215,14 @@ def choose_backend(device: torch.device) -> Choice:
         if forced is not None and backend.name != forced:
             refusals[backend.name] = f"MPFORMER_MSDA_BACKEND asks for {forced}"
             continue
+        if not backend.is_automatic and forced is None:  # not even looked at: that may take a self-test
+            refusals[backend.name] = "used only by models that were loaded with use_kernels=True"
+            continue
         absence = backend.explain_absence(device)
-        if absence is None and (backend.is_automatic or forced):
+        if absence is None:
             reason = "forced by MPFORMER_MSDA_BACKEND" if forced else "the first that can be used"
             return Choice(backend, reason, refusals)
-        refusals[backend.name] = absence or "used only by models that were loaded with use_kernels=True"
+        refusals[backend.name] = absence
     raise RuntimeError(
         f"MPFORMER_MSDA_BACKEND={forced} cannot be used on {device}: {refusals[forced or '']}. "
         "Unset the variable to go on with another backend."
@@ -238,4 +241,10 @@ def _load_kernel(device: torch.device, forced: str | None) -> Kernel:
     """`forced` is a key of the cache alone: the environment may change while the process runs, as it does in tests."""
     del forced
     backend = choose_backend(device).backend
-    return backend.load(device) if isinstance(backend, KernelBackend) else EmbeddingBagBackend()
+    if isinstance(backend, KernelBackend):
+        return backend.load(device)
+    if backend.name == "hub":
+        raise RuntimeError(
+            "MPFORMER_MSDA_BACKEND=hub replaces a layer of a model, not the operator. Call the model, or unset the variable."
+        )
+    return EmbeddingBagBackend()

@@ -25,17 +25,13 @@ from mpformer_hf.deformable_attention import (
     MultiScaleDeformableSelfAttention,
     ms_deform_attn_reference,
 )
-from mpformer_hf.hub_kernel import KernelFallback, attached_forward
+from mpformer_hf.hub_kernel import attached_forward
 from mpformer_hf.kernel_self_test import examine
 from mpformer_hf.ops.hub import HubBackend, find_downloaded
 from tests.factories import tiny_model
 from tests.kernel_repositories import LAYER, write_repository
 
 PIXELS = torch.linspace(-1, 1, 3 * 64 * 96).view(1, 3, 64, 96).sin()
-
-
-class Model(KernelFallback, MPFormerForUniversalSegmentation):
-    """A model that goes on where kernels cannot be had."""
 
 
 class Messages(logging.Handler):
@@ -66,7 +62,7 @@ def main(folder: Path) -> dict[str, Any]:
             saved, expected, LocalLayerRepository(write(folder, "good"), layer_name=LAYER), None
         ),
     }
-    for kind in ("good", "wrong", "exiting"):
+    for kind in ("good", "wrong", "exiting", "deadly"):
         repository = LocalLayerRepository(
             folder / "kernels" / kind if kind == "good" else write(folder, kind), layer_name=LAYER
         )
@@ -131,7 +127,7 @@ def load_and_run(
     arguments = {} if use_kernels is None else {"use_kernels": use_kernels}
     values: list[str] = []
     with use_kernel_mapping({LAYER: {"cpu": repository}}):
-        model = Model.from_pretrained(saved, dtype=dtype, **arguments)
+        model = MPFormerForUniversalSegmentation.from_pretrained(saved, dtype=dtype, **arguments)
     for module in model.modules():
         if isinstance(module, MultiScaleDeformableSelfAttention):
             module.value_proj.register_forward_hook(lambda *given: values.append(str(given[2].dtype)))
@@ -164,7 +160,7 @@ def check_training(saved: Path, repository: Any) -> dict[str, Any]:
     labels["mask_labels"][0][:, :32] = 1
     for use_kernels in (False, True):
         with use_kernel_mapping({LAYER: {"cpu": {Mode.TRAINING: repository}}}):
-            model = Model.from_pretrained(saved, use_kernels=use_kernels).train()
+            model = MPFormerForUniversalSegmentation.from_pretrained(saved, use_kernels=use_kernels).train()
         for module in model.modules():
             if isinstance(module, MultiScaleDeformableAttention) and (kernel := attached_forward(module)) is not None:
                 kernel.__globals__["CALLS"].clear()

@@ -350,12 +350,22 @@ def test_decorator_attached_exactly_where_transformers_has_fitting_kernels():
 # ---------------------------------------------------------------------------------------------------------- loading a model
 
 
-class Attaching:
+class Replaceable(nn.Module):
+    """A layer that `kernels` may replace."""
+
+    kernel_layer_name = "MultiScaleDeformableAttention"
+
+
+class Attaching(nn.Module):
     """Stands where `PreTrainedModel` is among the bases: attaching fails as it does offline."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = Replaceable()
 
     def set_use_kernels(self, use_kernels: bool, kernel_config: object = None, mode: object = None) -> None:
         self.asked = (use_kernels, kernel_config, mode)
-        if use_kernels:
+        if use_kernels and any(hasattr(type(module), "kernel_layer_name") for module in self.modules()):
             raise FileNotFoundError("Cannot find a local snapshot")
 
 
@@ -367,7 +377,8 @@ def test_a_kernel_that_cannot_be_had_does_not_stop_a_model(monkeypatch: pytest.M
     monkeypatch.setattr(import_utils, "is_kernels_available", lambda: True)
     model = Model()
     model.set_use_kernels(True, mode="training")
-    assert model.asked == (True, None, "training")
+    assert model.asked == (True, None, "training")  # again, so that other layers get their kernels
+    assert Replaceable.kernel_layer_name == "MultiScaleDeformableAttention"
     assert "Cannot find a local snapshot" in caplog.text
 
 
