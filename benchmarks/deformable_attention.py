@@ -16,12 +16,11 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from benchmarks.model_speed import PeakMemory
+from benchmarks.model_speed import measure_added_memory
 from mpformer_hf.deformable_attention import cell_centres
 from mpformer_hf.ops.backends import Backend, backends
 
@@ -149,20 +148,7 @@ def run_child(case: Case, name: str) -> None:
     """Print the MiB that the first run adds."""
     backend = usable_backends(case.device)[name]
     run_both(backend, draw_inputs(Case("512x512", case.dtype, case.device)))()  # libraries and threads are loaded
-    run = run_both(backend, draw_inputs(case))
-    if case.device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
-    process = psutil.Process()
-    before = process.memory_info().rss
-    peak = PeakMemory(process)
-    run()
-    print((peak.stop() - before) / 2**20)
+    print(measure_added_memory(run_both(backend, draw_inputs(case)), case.device))
 
 
 def measure_case(case: Case, repeats: int, bytes_a_second: float, threads: int) -> dict[str, object]:

@@ -239,19 +239,23 @@ def run_child(task: str, name: str, setting: Setting) -> None:
     """Print the MiB that the first run adds at its peak."""
     torch.set_num_threads(setting.threads)
     run = TASKS[task](name, setting)
-    if setting.device != "cpu":
+    print(measure_added_memory(run, setting.device))
+
+
+def measure_added_memory(run: Callable[[], None], device: str) -> float:
+    """MiB that a run adds at its peak: on a CPU of the resident set of this process, on a GPU of what torch allocates."""
+    if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        allocated = torch.cuda.memory_allocated()
         run()
         torch.cuda.synchronize()
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-        return
+        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
     process = psutil.Process()
     before = process.memory_info().rss
     peak = PeakMemory(process)
     run()
-    print((peak.stop() - before) / 2**20)
+    return (peak.stop() - before) / 2**20
 
 
 class PeakMemory:

@@ -203,9 +203,7 @@ BACKENDS = ("hub", "deformops", "compiled", "embedding_bag", "reference")
 @torch.compiler.assume_constant_result
 def choose_implementation(device_type: str) -> str:
     """Which of "operator", "embedding_bag" and "reference" serves this kind of device."""
-    forced = os.environ.get("MPFORMER_MSDA_BACKEND") or None
-    if forced is not None and forced not in BACKENDS:
-        raise ValueError(f"MPFORMER_MSDA_BACKEND={forced!r} is no backend. Choose one of: {', '.join(BACKENDS)}.")
+    forced = forced_backend()
     if forced in {"embedding_bag", "reference"}:
         return forced
     if has_operator(device_type):
@@ -216,6 +214,18 @@ def choose_implementation(device_type: str) -> str:
             "`python -m mpformer_hf.ops doctor` says why; unset the variable to go on without."
         )
     return "embedding_bag" if device_type == "cpu" else "reference"
+
+
+def forced_backend() -> str | None:
+    """The name in MPFORMER_MSDA_BACKEND.
+
+    Raises:
+        ValueError: it is no backend.
+    """
+    forced = os.environ.get("MPFORMER_MSDA_BACKEND") or None
+    if forced is not None and forced not in BACKENDS:
+        raise ValueError(f"MPFORMER_MSDA_BACKEND={forced!r} is no backend. Choose one of: {', '.join(BACKENDS)}.")
+    return forced
 
 
 def has_operator(device_type: str) -> bool:

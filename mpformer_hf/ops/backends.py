@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..deformable_attention import BACKENDS, ms_deform_attn_reference
+from ..deformable_attention import BACKENDS, forced_backend, ms_deform_attn_reference
 from ..embedding_bag_attention import attend, differentiate
 from . import build
 from .compiled import CompiledLibrary, Shapes, can_handle
@@ -188,18 +188,6 @@ def backends() -> tuple[Backend, ...]:
 
     available = (HubBackend(), DeformopsBackend(), CompiledBackend(), EmbeddingBagBackend(), ReferenceBackend())
     return tuple(sorted(available, key=lambda backend: BACKENDS.index(backend.name)))
-
-
-def forced_backend() -> str | None:
-    """The name in MPFORMER_MSDA_BACKEND.
-
-    Raises:
-        ValueError: it is no backend.
-    """
-    forced = os.environ.get("MPFORMER_MSDA_BACKEND") or None
-    if forced is not None and forced not in BACKENDS:
-        raise ValueError(f"MPFORMER_MSDA_BACKEND={forced!r} is no backend. Choose one of: {', '.join(BACKENDS)}.")
-    return forced
 
 
 def choose_backend(device: torch.device) -> Choice:

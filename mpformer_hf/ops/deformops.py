@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..deformable_attention import forced_backend
 from ..hub_kernel import level_sizes, level_starts
 from ..kernel_self_test import Candidate, Trial, Verdict, examine
 from . import backends
@@ -40,7 +41,7 @@ class DeformopsBackend(backends.KernelBackend):
         verdict = examine(make_candidate(), device)
         if not verdict.is_good:
             return f"its self-test failed: {verdict.reason}"
-        is_forced = backends.forced_backend() == self.name
+        is_forced = forced_backend() == self.name
         return None if is_forced else explain_slowness(verdict)
 
     def load(self, device: torch.device) -> backends.Kernel:
