@@ -126,7 +126,9 @@ def test_every_stage_runs_and_the_failed_one_is_named(installed_checkout):
     assert outcome.stderr.splitlines()[-1] == "Failed: format"
     assert calls_of(installed_checkout, "ruff") == ["ruff check .", "ruff format --check ."]
     assert calls_of(installed_checkout, "mypy") == ["mypy "]
-    assert calls_of(installed_checkout, "python -m pytest") == ["python -m pytest --durations=15 -m not slow"]
+    assert calls_of(installed_checkout, "python -m pytest") == [
+        "python -m pytest --numprocesses 2 --durations=15 -m not slow"
+    ]
 
 
 def test_a_second_run_installs_nothing_until_the_project_file_changes(installed_checkout):

@@ -2,8 +2,9 @@
  * type and instruction set; the instruction set is chosen when the library runs, so that a library built on one machine also
  * runs on an older one.
  *
- * Forward shares the output rows out; backward shares out (image, head, level), so that each cell of `grad_value` belongs to
- * one thread and is added to in the order of the queries: no race, and the same bits every time.
+ * Threads take units of work: in the forward (image, head, some of the queries), in the backward (image, head, level), so that
+ * each cell of `grad_value` belongs to one thread and is added to in the order of the queries: no race, and the same bits every
+ * time.
  */
 #define _GNU_SOURCE
 #include "ms_deform_attn.h"
