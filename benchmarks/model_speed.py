@@ -12,6 +12,7 @@ Measured:
 """
 
 import argparse
+import ctypes
 import json
 import statistics
 import subprocess
@@ -251,7 +252,9 @@ def measure_added_memory(run: Callable[[], None], device: str) -> float:
         run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - allocated) / 2**20
-    process = psutil.Process()
+    process, libc = psutil.Process(), ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)  # what was freed before could be used again and would not show
     before = process.memory_info().rss
     peak = PeakMemory(process)
     run()

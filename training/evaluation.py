@@ -18,6 +18,7 @@ from transformers import BaseImageProcessor
 
 from training.data import SegmentationDataset, SegmentationRow
 from training.metrics.panoptic import PanopticQuality, panoptic_map_from_masks
+from training.stopping import stop_signals
 
 GROUPS = ("All", "Things", "Stuff")
 
@@ -81,6 +82,7 @@ def evaluate_panoptic(
                     target = panoptic_map_from_masks(row["mask_labels"], row["class_labels"])
                     quality.add(row["image_id"], result["segmentation"], result["segments_info"], *target)
                     scored.add(row["image_id"])
+            stop_signals.check()
     finally:
         network.train(was_training)
     return merge_over_processes(quality).compute()

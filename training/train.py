@@ -11,7 +11,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -20,7 +19,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 if __package__ in (None, ""):  # started as a file, as `accelerate launch training/train.py` does
@@ -41,6 +39,7 @@ from mpformer_hf import MPFormerConfig, MPFormerForUniversalSegmentation, MPForm
 from training.arguments import RecipeError, TrainingArguments, parse_arguments
 from training.data import SegmentationDataset, SegmentationRow, load_segmentation_dataset
 from training.evaluation import GROUPS, evaluate_panoptic, format_scores, leave_stopping_to_parent
+from training.stopping import Stopped, stop_signals
 
 RECIPE_FILE = "recipe.yaml"
 RESULTS_FILE = "results.json"
@@ -49,19 +48,14 @@ LOG_FILE = "log.jsonl"
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program; a mistake of the user, and a stop, end with a sentence instead of a traceback."""
-    signal.signal(signal.SIGTERM, _stop_when_terminated)
     try:
-        train(parse_arguments(argv))
+        with stop_signals.receive():
+            train(parse_arguments(argv))
     except (RecipeError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("\nStopped before the model was complete: nothing was saved.", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-
-
-def _stop_when_terminated(number: int, _frame: FrameType | None) -> None:
-    print("\nTerminated before the model was complete: nothing was saved.", file=sys.stderr)
-    sys.exit(128 + number)
+    except Stopped as stop:
+        print(f"\nStopped: {stop.what_remains}.", file=sys.stderr)
+        sys.exit(stop.exit_code)
 
 
 def train(arguments: TrainingArguments) -> dict[str, Any] | None:
@@ -84,7 +78,11 @@ def train(arguments: TrainingArguments) -> dict[str, Any] | None:
     run.accelerator.print(f"The model is in {output_dir}.")
     if not arguments.evaluate:
         return None
-    scores = run.evaluate()
+    try:
+        scores = run.evaluate()
+    except Stopped as stop:
+        stop.what_remains = f"the model is in {output_dir}, without scores"
+        raise
     run.accelerator.print(f"Panoptic quality on {len(run.validation_data)} validation images, in percent:")
     run.accelerator.print(format_scores(scores))
     results = summarise(run, scores, seconds)
@@ -112,7 +110,7 @@ class TrainingRun:
         self.model, optimizer = accelerator.prepare(self.model, optimizer)
         self.model.train()
         step = 0
-        with TrainingProgress(arguments, accelerator) as progress:
+        with stop_signals.hold(), TrainingProgress(arguments, accelerator) as progress:
             for batch in self._make_loader():
                 with accelerator.accumulate(self.model):
                     outputs = self.model(**batch)
@@ -135,6 +133,7 @@ class TrainingRun:
                     ):
                         self._log_scores(step)
                         progress.restart_clock()
+                    stop_signals.check()
 
     def _make_loader(self) -> DataLoader:
         """Make one pass through all batches of the training; each process gets every n-th of them."""

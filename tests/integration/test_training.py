@@ -19,6 +19,7 @@ from mpformer_hf import MPFormerForUniversalSegmentation, MPFormerImageProcessor
 from training import predictions
 from training.arguments import parse_arguments
 from training.evaluation import evaluate_panoptic
+from training.stopping import Stopped, StopSignals
 from training.train import main, prepare_run, train
 
 ROOT = Path(__file__).parents[2]
@@ -259,13 +260,39 @@ def test_a_run_that_is_stopped_says_so_and_writes_nothing(recipe, tmp_path, numb
     for line in program.stdout:
         if "million parameters" in line:
             break
-    program.stderr.read(1)  # the progress bar: the steps have begun
+    program.stderr.read(1)  # the progress bar: the steps, or the processes that prepare batches, are starting
     os.killpg(program.pid, number)  # as Ctrl-C does: the processes that prepare batches get it too
     _, errors = program.communicate()
     assert program.returncode == code, errors
     assert list(tmp_path.iterdir()) == []
+    assert "Stopping after this step." in errors
     assert "nothing was saved" in errors
     assert "Traceback" not in errors
+
+
+def take_steps(signals, finished, numbers):
+    """Two steps; the signals arrive in the first one."""
+    with signals.receive(), signals.hold():
+        for step in range(2):
+            for number in numbers:
+                signal.raise_signal(number)
+            finished.append(step)
+            signals.check()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_waits_for_the_end_of_a_step_and_the_second_does_not(number, capsys):
+    before = signal.getsignal(number)
+    finished = []
+    with pytest.raises(Stopped) as stop:
+        take_steps(StopSignals(), finished, [number])
+    assert finished == [0]
+    assert stop.value.exit_code == 128 + number
+    assert "Once more to stop at once." in capsys.readouterr().err
+    with pytest.raises(Stopped):
+        take_steps(StopSignals(), finished, [number, number])
+    assert finished == [0]
+    assert signal.getsignal(number) == before
 
 
 KILLED_WHILE_SAVING = """
