@@ -17,14 +17,12 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -244,7 +242,7 @@ def run_child(task: str, name: str, setting: Setting) -> None:
 
 
 def measure_added_memory(run: Callable[[], None], device: str) -> float:
-    """MiB that a run adds at its peak: on a CPU of the resident set of this process, on a GPU of what torch allocates."""
+    """MiB that a run adds at its peak: on a CPU of the resident set of this process (Linux), on a GPU of what torch allocates."""
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -252,33 +250,19 @@ def measure_added_memory(run: Callable[[], None], device: str) -> float:
         run()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - allocated) / 2**20
-    process, libc = psutil.Process(), ctypes.CDLL(None)
+    libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)  # what was freed before could be used again and would not show
-    before = process.memory_info().rss
-    peak = PeakMemory(process)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
+    before = read_status("VmRSS")
     run()
-    return (peak.stop() - before) / 2**20
+    return (read_status("VmHWM") - before) / 2**20
 
 
-class PeakMemory:
-    """Largest resident set of a process while a thread watches it every millisecond."""
-
-    def __init__(self, process: psutil.Process) -> None:
-        self.process, self.largest, self.running = process, 0, True
-        self.thread = threading.Thread(target=self._watch, daemon=True)
-        self.thread.start()
-
-    def _watch(self) -> None:
-        while self.running:
-            self.largest = max(self.largest, self.process.memory_info().rss)
-            time.sleep(0.001)
-
-    def stop(self) -> int:
-        """Stop watching; bytes at the peak."""
-        self.running = False
-        self.thread.join()
-        return self.largest
+def read_status(name: str) -> int:
+    """Bytes of this process that Linux counts: `VmRSS`, the resident set, or `VmHWM`, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def measure(setting: Setting, repeats: int, decoder_segments: int) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Multi-scale deformable attention in plain PyTorch by `embedding_bag`: an output row is a bag of 4 * L * K rows of the value.
 
-Much faster than `grid_sample` on CPU; for where no compiled operator is. Axes: B images, Q queries, S cells of all levels, N heads, D channels of a head, L levels,
-K points.
+Much faster than `grid_sample` on CPU; for where no compiled operator is, and on every device for what its kernels cannot do.
+
+Axes: B images, Q queries, S cells of all levels, N heads, D channels of a head, L levels, K points.
 """
 
 import itertools
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -119,12 +121,12 @@ def _find_corners(value_shape: torch.Size, shapes: Shapes, locations: Tensor) ->
     x_fraction, y_fraction = (inside - low).add_(position.mul_(0)).unbind(-1)
     x_low, y_low = low.nan_to_num_().to(index_type).unbind(-1)
 
-    row_length = torch.tensor([width for _, width in padded], dtype=index_type)[:, None]  # (L, 1)
-    first_cell = torch.tensor([0, *itertools.accumulate(height * width for height, width in padded)], dtype=index_type)
-    image = torch.arange(batch_size, dtype=index_type) * first_cell[-1]
-    first_cell = image[:, None, None] + first_cell[:-1, None] + BORDER * row_length + BORDER  # (B, L, 1)
-    head = torch.arange(num_heads, dtype=index_type)
-    first_row = first_cell[:, None] * num_heads + head[:, None, None]  # (B, N, L, 1)
+    table = partial(torch.tensor, dtype=index_type, device=locations.device)
+    row_length = table([width for _, width in padded])[:, None]  # (L, 1)
+    *first_cell, num_cells = itertools.accumulate((height * width for height, width in padded), initial=0)
+    image = table(range(batch_size)) * num_cells
+    cell = image[:, None, None] + table(first_cell)[:, None] + BORDER * row_length + BORDER  # (B, L, 1)
+    first_row = cell[:, None] * num_heads + table(range(num_heads))[:, None, None]  # (B, N, L, 1)
     top_left = (y_low * row_length + x_low) * num_heads + first_row[:, None]
     below = row_length * num_heads
     steps = torch.stack([below * 0, below * 0 + num_heads, below, below + num_heads], dim=-1)  # (L, 1, 4)
@@ -141,7 +143,7 @@ def _bilinear_weights(x_fraction: Tensor, y_fraction: Tensor) -> Tensor:
 def _multiply_corners(index: Tensor, rows: Tensor, grad_output: Tensor) -> Tensor:
     """Dot product of each corner's row with the gradient of the output that it is part of, (B, Q, N, L, K, 4)."""
     num_bags, bag_size = math.prod(index.shape[:3]), math.prod(index.shape[3:])
-    bags = torch.arange(num_bags, dtype=index.dtype)
+    bags = torch.arange(num_bags, dtype=index.dtype, device=index.device)
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(  # noqa: SLF001 - operators are named so
         grad_output.view(num_bags, -1),
         rows,

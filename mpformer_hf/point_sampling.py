@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .deformable_attention import ms_deform_attn
 
+HEAD_DIM = 32  # channels that are read together; the deformable attention is compiled specially for this number
+
 
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
     """Read maps bilinearly; outside of them is zero.
@@ -25,10 +27,6 @@ def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
     return nn.functional.grid_sample(maps, 2 * points[:, None] - 1, align_corners=False)[:, :, 0]
 
 
-# Channels that are read together; the deformable attention is compiled specially for this number.
-HEAD_DIM = 32
-
-
 def _sample_channels_last(maps: Tensor, points: Tensor) -> Tensor:
     """`sample_maps` as a deformable attention that looks at one point.
 
@@ -36,9 +34,10 @@ def _sample_channels_last(maps: Tensor, points: Tensor) -> Tensor:
     next.
     """
     num_rows, num_channels, height, width = maps.shape
-    value = maps.flatten(2).transpose(1, 2).reshape(num_rows, height * width, -1, HEAD_DIM)
+    num_heads = num_channels // HEAD_DIM
+    value = maps.flatten(2).transpose(1, 2).reshape(num_rows, height * width, num_heads, HEAD_DIM)
     points = points.to(torch.promote_types(points.dtype, torch.float32))
-    locations = points[:, :, None, None, None].expand(-1, -1, num_channels // HEAD_DIM, -1, -1, -1)
+    locations = points[:, :, None, None, None].expand(-1, -1, num_heads, -1, -1, -1)
     samples = ms_deform_attn(value, [(height, width)], locations, locations.new_ones(locations.shape[:-1]))
     return samples.flatten(2).transpose(1, 2)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mpformer_hf import deformable_attention
 from mpformer_hf.deformable_attention import (
@@ -20,7 +21,7 @@ from mpformer_hf.deformable_attention import (
     ms_deform_attn,
     ms_deform_attn_reference,
 )
-from mpformer_hf.embedding_bag_attention import EmbeddingBagAttention
+from mpformer_hf.embedding_bag_attention import EmbeddingBagAttention, attend, differentiate
 
 Shapes = tuple[tuple[int, int], ...]
 SHAPES: Shapes = ((2, 3), (4, 5), (1, 1))
@@ -149,6 +150,17 @@ def test_special_places_are_read_as_defined(operator: Callable[..., Tensor], pla
     locations[:, 2, ..., 1] = place
     inputs = replace(inputs, locations=locations)
     torch.testing.assert_close(operator(*inputs.arguments), attend_by_loops(*inputs.arguments), rtol=1e-10, atol=1e-12)
+
+
+def test_embedding_bag_stays_on_the_device_of_its_arguments():
+    """The operator comes here on GPUs too, for what its kernels are not made for. Fake tensors check devices without one."""
+    inputs = draw_inputs()
+    with FakeTensorMode() as mode:
+        value, locations, weights = (mode.from_tensor(one) for one in (inputs.value, inputs.locations, inputs.weights))
+        value, locations, weights = (torch.empty_like(one, device="cuda") for one in (value, locations, weights))
+        output = attend(value, inputs.shapes, locations, weights)
+        gradients = differentiate(output, value, inputs.shapes, locations, weights, [True] * 3)
+    assert {result.device.type for result in (output, *gradients)} == {"cuda"}
 
 
 @pytest.mark.parametrize("operator", IMPLEMENTATIONS)

@@ -136,6 +136,12 @@ def test_every_head_dimension_and_type_equals_the_reference(dtype: torch.dtype, 
     assert_right(draw_inputs(dtype, head_dim))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_what_the_kernels_are_not_made_for_runs_on_plain_pytorch(dtype: torch.dtype) -> None:
+    assert_right(draw_inputs(dtype, head_dim=136))
+    assert_right(draw_inputs(dtype, num_points=9))
+
+
 @pytest.mark.parametrize(("num_levels", "num_points"), [(1, 1), (8, 1), (1, 8), (5, 7), (8, 8)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_number_of_levels_and_points_equals_the_reference(

@@ -94,6 +94,11 @@ def test_many_channels_are_read_like_few(dtype: torch.dtype):
     torch.testing.assert_close(grad, wanted, rtol=1e-2, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
 
 
+@pytest.mark.parametrize("num_channels", [3, 64])
+def test_no_maps_have_no_samples(num_channels: int):
+    assert sample_maps(torch.zeros(0, num_channels, 4, 5), torch.zeros(0, 7, 2)).shape == (0, num_channels, 7)
+
+
 def test_points_are_x_then_y():
     maps = torch.zeros(1, 1, 2, 4)
     maps[0, 0, 0, 3] = 1.0
