@@ -5,8 +5,9 @@ the valid size of each padded image and the target sizes. They know no model, so
 Mask2Former, MaskFormer and EoMT.
 
 Every result is defined by one path: mask logits bilinear (align_corners False) to the padded image, cropped to the
-valid size, bilinear to the target size, and only then a threshold. The path is walked in bands of rows (`bands`), so
-that no float tensor of the target size exists for all queries or classes at once; the numbers are those of the whole.
+valid size, bilinear to the target size, and only then a threshold. The path is walked block by block
+(`mask_resizing.py`), and for instances inside the box of each mask, so that no float tensor of the target size exists
+for all queries or classes at once; the numbers are those of the whole, up to rounding.
 
 Axes: B images, Q queries, K classes, N segments, h w mask logits (1/4 of the padded image), H W target size.
 """
@@ -14,17 +15,28 @@ Axes: B images, Q queries, K classes, N segments, h w mask logits (1/4 of the pa
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from .mask_resizing import (
+    AxisResize,
+    ImageGeometry,
+    ResizedMasks,
+    Size,
+    blocks,
+    resample,
+)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 MASK_STRIDE = 4  # pixels of the padded image for one cell of the mask logits, along each side
-BAND_BYTES = 32 * 2**20  # memory for the float tensors of one band
 EPSILON = 1e-6  # the original's, in the mean mask probability of an instance
 VOID = 0
 NO_INSTANCE = -1
-
-Size = tuple[int, int]  # height, width
 
 
 @dataclass(frozen=True)
@@ -48,11 +60,13 @@ class InstancePrediction:
         masks: bool, (N, H, W). True is inside. They may overlap.
         scores: float32, (N,), class probability times mean mask probability inside the mask.
         labels: int64, (N,).
+        boxes: float32, (N, 4), tight boxes x1, y1, x2, y2 as of `mask_boxes`.
     """
 
     masks: Tensor
     scores: Tensor
     labels: Tensor
+    boxes: Tensor
 
 
 @dataclass(frozen=True)
@@ -78,15 +92,19 @@ class PanopticPrediction:
     segments: list[PanopticSegment]
 
 
-@dataclass(frozen=True)
-class ImageGeometry:
-    """Sizes of one image on its way from mask logits to the result: padded, valid (top left of it), target."""
+def without_gradients_and_autocast(function: Callable[P, T]) -> Callable[P, T]:
+    """Compute in float32 whatever the caller's autocast says: rounded logits move the edges of masks."""
 
-    padded: Size
-    valid: Size
-    target: Size
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        device = next((value.device for value in args if isinstance(value, Tensor)), torch.device("cpu"))
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
+@without_gradients_and_autocast
 def semantic_segmentation(
     class_logits: Tensor,
     mask_logits: Tensor,
@@ -112,35 +130,72 @@ def semantic_segmentation(
     """
     geometries = batch_geometries(class_logits, mask_logits, image_sizes, target_sizes)
     return [
-        semantic_map(classes.float().softmax(-1)[:, :-1], masks, geometry, combine_before_resize, return_scores)
+        semantic_map(ClassScores(classes, masks, geometry, combine_before_resize), return_scores)
         for classes, masks, geometry in zip(class_logits, mask_logits, geometries, strict=True)
     ]
 
 
-def semantic_map(
-    class_probabilities: Tensor,
-    mask_logits: Tensor,
-    geometry: ImageGeometry,
-    combine_before_resize: bool,
-    return_scores: bool,
-) -> SemanticPrediction:
-    """Combine the queries of one image: (Q, K) class probabilities and (Q, h, w) mask logits."""
-    num_classes = class_probabilities.shape[1]
-    segmentation = mask_logits.new_empty(geometry.target, dtype=torch.int64)
-    scores = mask_logits.new_empty((num_classes, *geometry.target), dtype=torch.float32) if return_scores else None
-
-    def combine(logits: Tensor) -> Tensor:
-        return torch.einsum("qk,qhw->khw", class_probabilities, logits.sigmoid())
-
-    between = combine if combine_before_resize else None
-    for rows, values in bands(mask_logits, geometry, between=between, other_channels=num_classes):
-        class_scores = values if combine_before_resize else combine(values)
-        segmentation[rows] = class_scores.argmax(0)
-        if scores is not None:
-            scores[:, rows] = class_scores
-    return SemanticPrediction(segmentation, scores)
+def semantic_map(scores: "ClassScores", return_scores: bool) -> SemanticPrediction:
+    """Take the best class of each pixel of one image, block by block."""
+    segmentation = scores.new_empty(scores.size, torch.int64)
+    all_scores = scores.new_empty((scores.num_classes, *scores.size), torch.float32) if return_scores else None
+    for rows, columns in scores.blocks():
+        window = scores.window(rows, columns)
+        segmentation[rows, columns] = window.max(1).indices
+        if all_scores is not None:
+            all_scores[:, rows, columns] = window.transpose(0, 1)
+    return SemanticPrediction(segmentation, all_scores)
 
 
+class ClassScores:
+    """Sum over the queries of one image of class times mask probability, computed window by window.
+
+    Attributes:
+        size: height and width of the result.
+        num_classes: K.
+    """
+
+    def __init__(
+        self, class_logits: Tensor, mask_logits: Tensor, geometry: ImageGeometry, combine_before_resize: bool
+    ) -> None:
+        """Prepare the sums of (Q, K + 1) class logits and (Q, h, w) mask logits."""
+        self.classes = class_logits.float().softmax(-1)[:, :-1].T.contiguous()  # (K, Q)
+        self.num_classes, self.num_queries = self.classes.shape
+        self.size = geometry.target
+        self.masks = ResizedMasks(mask_logits, geometry, to_valid_size=combine_before_resize)
+        self.last_step: list[AxisResize] = []
+        if combine_before_resize and geometry.target != geometry.valid:
+            self.last_step = [
+                AxisResize.bilinear(valid, target)
+                for valid, target in zip(geometry.valid, geometry.target, strict=True)
+            ]
+
+    def new_empty(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Make a tensor on the device of the logits."""
+        return self.classes.new_empty(size, dtype=dtype)
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Walk the result in blocks of rows and columns."""
+        # A block of a smaller result is made of a larger one of the image.
+        shrink = max((into / out for into, out in zip(self.masks.size, self.size, strict=True)), default=1.0)
+        return blocks(self.size, self.num_queries + self.num_classes, self.classes.device, shrink)
+
+    def window(self, rows: slice, columns: slice) -> Tensor:
+        """Compute the scores of all classes in a window of the result: float32, (rows, K, columns)."""
+        if not self.last_step:
+            return self.combine(self.masks.window(rows, columns))
+        along_rows, along_columns = self.last_step
+        needed_rows, needed_columns = along_rows.sources(rows), along_columns.sources(columns)
+        scores = self.combine(self.masks.window(needed_rows, needed_columns))
+        origin = (needed_rows.start, needed_columns.start)
+        return resample(scores, along_rows, along_columns, rows, columns, origin)
+
+    def combine(self, logits: Tensor) -> Tensor:
+        """Combine mask logits (rows, Q, columns), which are overwritten, to class scores (rows, K, columns)."""
+        return self.classes @ logits.sigmoid_()
+
+
+@without_gradients_and_autocast
 def instance_segmentation(
     class_logits: Tensor,
     mask_logits: Tensor,
@@ -182,8 +237,11 @@ def instance_segmentation(
     predictions = []
     for classes, masks, geometry in zip(class_logits, mask_logits, geometries, strict=True):
         query, label, score = best_pairs(classes, top_k, score_threshold, label_ids_to_drop)
-        binary, probability = binary_masks(masks, query, geometry, mask_threshold)
-        prediction = sort_instances(binary, score * probability, label, score_threshold)
+        used, position = query.unique(return_inverse=True)
+        crops, probability = crop_masks(masks[used], geometry, mask_threshold)
+        prediction = sort_instances(
+            crops, position, score * probability[position], label, score_threshold, geometry.target
+        )
         predictions.append(drop_covered(prediction, overlap_mask_area_threshold))
     return predictions
 
@@ -211,40 +269,108 @@ def best_pairs(
     return query[keep], label[keep], scores[keep]
 
 
-def binary_masks(
-    mask_logits: Tensor, query: Tensor, geometry: ImageGeometry, mask_threshold: float
-) -> tuple[Tensor, Tensor]:
-    """Resize and threshold the masks of some queries; a query that is named twice is resized once.
+@dataclass(frozen=True)
+class MaskCrop:
+    """The part of a mask that may hold foreground: bool (rows, columns), and where its first pixel lies."""
+
+    mask: Tensor
+    top: int
+    left: int
+
+
+def crop_masks(mask_logits: Tensor, geometry: ImageGeometry, mask_threshold: float) -> tuple[list[MaskCrop], Tensor]:
+    """Resize and threshold masks, each in the box that its logits above the threshold reach.
 
     Args:
-        mask_logits: (Q, h, w).
-        query: int64, (N,).
+        mask_logits: (N, h, w).
         geometry: sizes of the image.
         mask_threshold: in [0, 1].
 
     Returns:
-        masks (bool, (N, H, W)) and the mean probability inside each (float32, (N,); 0 where a mask is empty).
+        N crops and the mean probability inside each mask (float32, (N,); 0 where a mask is empty).
     """
-    used, position = query.unique(return_inverse=True)
-    masks = mask_logits.new_empty((len(used), *geometry.target), dtype=torch.bool)
-    area = mask_logits.new_zeros(len(used), dtype=torch.float32)
-    total = mask_logits.new_zeros(len(used), dtype=torch.float32)
+    if not len(mask_logits):
+        return [], mask_logits.new_zeros(0, dtype=torch.float32)
+    resized = ResizedMasks(mask_logits, geometry)
     threshold = logit_of(mask_threshold)
-    for rows, logits in bands(mask_logits[used], geometry, other_channels=len(used)):
-        inside = logits > threshold
-        masks[:, rows] = inside
-        area += inside.sum((-2, -1))
-        total += (logits.sigmoid() * inside).sum((-2, -1))
-    return masks[position], (total / (area + EPSILON))[position]
+    occupied = resized.values > threshold
+    vertical = first_and_behind_last(occupied.any(2).T)
+    horizontal = first_and_behind_last(occupied.any(0))
+    is_empty = ~occupied.any(2).any(0)
+    reaches = torch.stack([*vertical, *horizontal, is_empty]).T.tolist()
+    crops, probabilities = [], []
+    for index, (top, bottom, left, right, empty) in enumerate(reaches):
+        rows = slice(0, 0) if empty else resized.rows.outputs(slice(top, bottom))
+        columns = slice(0, 0) if empty else resized.columns.outputs(slice(left, right))
+        crop, probability = crop_mask(resized, index, (rows, columns), threshold)
+        crops.append(crop)
+        probabilities.append(probability)
+    return crops, torch.stack(probabilities)
 
 
-def sort_instances(masks: Tensor, scores: Tensor, labels: Tensor, score_threshold: float | None) -> InstancePrediction:
-    """Put the highest score first; with a threshold, drop what is below it or has no pixel."""
+def crop_mask(
+    resized: ResizedMasks, index: int, box: tuple[slice, slice], threshold: float
+) -> tuple[MaskCrop, Tensor]:
+    """Threshold one mask inside its box (rows, columns), and average its probability inside (float32, scalar)."""
+    rows, columns = box
+    size = (rows.stop - rows.start, columns.stop - columns.start)
+    mask = resized.values.new_empty(size, dtype=torch.bool)
+    area = resized.values.new_zeros((), dtype=torch.float32)
+    total = torch.zeros_like(area)
+    for block_rows, block_columns in blocks(size, 1, area.device):
+        logits = resized.window(shift(block_rows, rows), shift(block_columns, columns), slice(index, index + 1))[:, 0]
+        inside = (logits > threshold).float()
+        mask[block_rows, block_columns] = inside
+        area += inside.sum()
+        total += inside.mul_(logits.sigmoid_()).sum()
+    return MaskCrop(mask, rows.start, columns.start), total / (area + EPSILON)
+
+
+def shift(part: slice, outer: slice) -> slice:
+    """Place a part of a part: positions counted from the start of `outer`."""
+    return slice(outer.start + part.start, outer.start + part.stop)
+
+
+def sort_instances(
+    crops: list[MaskCrop],
+    position: Tensor,
+    scores: Tensor,
+    labels: Tensor,
+    score_threshold: float | None,
+    size: Size,
+) -> InstancePrediction:
+    """Put the highest score first; with a threshold, drop what is below it or has no pixel.
+
+    Args:
+        crops: masks of the queries.
+        position: int64, (N,), the crop of each instance; several may share one.
+        scores: float32, (N,).
+        labels: int64, (N,).
+        score_threshold: least score, or `None`.
+        size: height and width of the image.
+    """
+    boxes = crop_boxes(crops, scores.device)[position]
     scores, order = scores.sort(descending=True, stable=True)
+    boxes, labels = boxes[order], labels[order]
     if score_threshold is not None:
-        keep = (scores >= score_threshold) & masks.flatten(1).any(1)[order]
-        scores, order = scores[keep], order[keep]
-    return InstancePrediction(masks[order], scores, labels[order])
+        keep = (scores >= score_threshold) & (boxes[:, 2] > boxes[:, 0])
+        boxes, labels, scores, order = boxes[keep], labels[keep], scores[keep], order[keep]
+    masks = scores.new_zeros((len(order), *size), dtype=torch.bool)
+    for mask, index in zip(masks, position[order].tolist(), strict=True):
+        crop = crops[index]
+        height, width = crop.mask.shape
+        mask[crop.top : crop.top + height, crop.left : crop.left + width] = crop.mask
+    return InstancePrediction(masks, scores, labels, boxes)
+
+
+def crop_boxes(crops: list[MaskCrop], device: torch.device) -> Tensor:
+    """Find the tight box around each cropped mask, as `mask_boxes`: float32, (N, 4)."""
+    corners = torch.tensor([(crop.left, crop.top) * 2 for crop in crops], dtype=torch.float32, device=device)
+    boxes = [mask_boxes(crop.mask[None])[0] for crop in crops]
+    if not boxes:
+        return corners.reshape(0, 4)
+    inside = torch.stack(boxes)
+    return (inside + corners) * (inside[:, 2:3] > 0)
 
 
 def drop_covered(prediction: InstancePrediction, overlap_mask_area_threshold: float) -> InstancePrediction:
@@ -253,25 +379,31 @@ def drop_covered(prediction: InstancePrediction, overlap_mask_area_threshold: fl
         return prediction
     free = torch.ones_like(prediction.masks[0])
     keep = []
-    for index, mask in enumerate(prediction.masks):
-        if (mask & free).sum() >= overlap_mask_area_threshold * mask.sum():
+    for index, (rows, columns) in enumerate(box_slices(prediction.boxes)):
+        mask, free_here = prediction.masks[index, rows, columns], free[rows, columns]
+        if (mask & free_here).sum() >= overlap_mask_area_threshold * mask.sum():
             keep.append(index)
-            free &= ~mask
-    return InstancePrediction(prediction.masks[keep], prediction.scores[keep], prediction.labels[keep])
+            free_here &= ~mask
+    return InstancePrediction(
+        prediction.masks[keep], prediction.scores[keep], prediction.labels[keep], prediction.boxes[keep]
+    )
 
 
-def instance_map(masks: Tensor) -> Tensor:
+def instance_map(masks: Tensor, boxes: Tensor | None = None) -> Tensor:
     """View overlapping masks as one map, in which each pixel belongs to the first mask that covers it.
 
     Args:
         masks: bool, (N, H, W), highest score first.
+        boxes: (N, 4), their boxes as of `mask_boxes`, where they are known.
 
     Returns:
         int32, (H, W), index of the mask; -1 where there is none.
     """
     segmentation = masks.new_full(masks.shape[-2:], NO_INSTANCE, dtype=torch.int32)
+    windows = box_slices(mask_boxes(masks) if boxes is None else boxes)
     for index in reversed(range(len(masks))):
-        segmentation[masks[index]] = index
+        rows, columns = windows[index]
+        segmentation[rows, columns].masked_fill_(masks[index, rows, columns], index)
     return segmentation
 
 
@@ -285,10 +417,18 @@ def mask_boxes(masks: Tensor) -> Tensor:
         float32, (N, 4), x1, y1, x2, y2 in pixels; x2 and y2 are the edge behind the last pixel. Zeros for an empty
         mask.
     """
-    x1, x2 = first_and_behind_last(masks.any(-2))
-    y1, y2 = first_and_behind_last(masks.any(-1))
+    if not masks.numel():
+        return masks.new_zeros((len(masks), 4), dtype=torch.float32)
+    by_column, by_row = masks.any(-2), masks.any(-1)
+    x1, x2 = first_and_behind_last(by_column)
+    y1, y2 = first_and_behind_last(by_row)
     boxes = torch.stack([x1, y1, x2, y2], dim=-1)
-    return (boxes * masks.flatten(1).any(1)[:, None]).float()
+    return (boxes * by_row.any(1)[:, None]).float()
+
+
+def box_slices(boxes: Tensor) -> list[tuple[slice, slice]]:
+    """Rows and columns of each box (N, 4) of `mask_boxes`."""
+    return [(slice(y1, y2), slice(x1, x2)) for x1, y1, x2, y2 in boxes.long().tolist()]
 
 
 def first_and_behind_last(occupied: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,6 +439,7 @@ def first_and_behind_last(occupied: Tensor) -> tuple[Tensor, Tensor]:
     return first, length - occupied.flip(-1).to(torch.uint8).argmax(-1)
 
 
+@without_gradients_and_autocast
 def panoptic_segmentation(
     class_logits: Tensor,
     mask_logits: Tensor,
@@ -369,12 +510,14 @@ def contest_pixels(mask_logits: Tensor, scores: Tensor, geometry: ImageGeometry,
         return PixelContest(winner, is_inside, [], [], [])
     area = mask_logits.new_zeros(num_queries, dtype=torch.int64)
     threshold = logit_of(mask_threshold)
-    for rows, logits in bands(mask_logits, geometry, other_channels=num_queries):
-        best = (logits.sigmoid() * scores[:, None, None]).argmax(0)
-        inside = logits >= threshold
-        winner[rows] = best.to(torch.int32)
-        is_inside[rows] = inside.gather(0, best[None])[0]
-        area += inside.sum((-2, -1))
+    resized = ResizedMasks(mask_logits, geometry)
+    for rows, columns in blocks(geometry.target, 2 * num_queries, scores.device):
+        logits = resized.window(rows, columns)  # (rows, N, columns)
+        inside = torch.ge(logits, threshold, out=torch.empty_like(logits))  # as floats: sums of bool are slow
+        best = logits.sigmoid_().mul_(scores[:, None]).max(1).indices
+        winner[rows, columns] = best.to(torch.int32)
+        is_inside[rows, columns] = inside.gather(1, best[:, None])[:, 0] > 0
+        area += inside.sum((0, 2)).long()
     won = winner.flatten().bincount(minlength=num_queries)
     won_inside = winner[is_inside].bincount(minlength=num_queries)
     return PixelContest(winner, is_inside, won.tolist(), won_inside.tolist(), area.tolist())
@@ -406,96 +549,6 @@ def panoptic_map(
     table = torch.tensor(segment_of_query, dtype=torch.int32, device=contest.winner.device)
     segmentation = table[contest.winner] * contest.is_inside
     return PanopticPrediction(segmentation.to(torch.int32), list(segments.values()))
-
-
-def bands(
-    mask_logits: Tensor,
-    geometry: ImageGeometry,
-    between: Callable[[Tensor], Tensor] | None = None,
-    other_channels: int = 0,
-) -> Iterator[tuple[slice, Tensor]]:
-    """Walk the mask logits of one image at the target size, a band of rows at a time.
-
-    Bilinear resizing treats rows and columns separately, so a band is resized from the few rows that it needs.
-
-    Args:
-        mask_logits: any float type, (N, h, w).
-        geometry: sizes of the image.
-        between: applied to the values at the padded size, cropped, before they go to the target size; (N, rows,
-            columns) to (channels, rows, columns).
-        other_channels: float channels of the target size that the caller keeps while it works on a band.
-
-    Yields:
-        Rows of the target and their values: float32, (N or channels, rows, W).
-    """
-    channels = max(1, 2 * len(mask_logits) + other_channels)
-    width = max(geometry.valid[1], geometry.target[1])
-    band_height = max(1, BAND_BYTES // (4 * channels * width))
-    to_padded = BilinearTaps.between(mask_logits.shape[-2], geometry.padded[0])
-    to_target = BilinearTaps.between(geometry.valid[0], geometry.target[0])
-    has_second_step = geometry.target != geometry.valid
-    for start in range(0, geometry.target[0], band_height):
-        rows = slice(start, min(start + band_height, geometry.target[0]))
-        needed = to_target.needed(rows) if has_second_step else rows
-        values = to_padded.resize_rows(mask_logits.float(), needed)
-        values = resize_columns(values, geometry.padded[1])[..., : geometry.valid[1]]
-        if between is not None:
-            values = between(values)
-        if has_second_step:
-            values = to_target.resize_rows(values, rows, first_row=needed.start)
-            values = resize_columns(values, geometry.target[1])
-        yield rows, values
-
-
-@dataclass(frozen=True)
-class BilinearTaps:
-    """Where the rows of a bilinear resize (align_corners False) come from.
-
-    Attributes:
-        low: int64, (size out,), the row above each output row; on the CPU.
-        high: int64, (size out,), the row below.
-        weight: float32, (size out,), weight of `high`, in [0, 1].
-    """
-
-    low: Tensor
-    high: Tensor
-    weight: Tensor
-
-    @classmethod
-    def between(cls, size_in: int, size_out: int) -> "BilinearTaps":
-        """Compute the taps of a resize from `size_in` to `size_out` rows."""
-        source = (torch.arange(size_out, dtype=torch.float64) + 0.5) * (size_in / size_out) - 0.5
-        source = source.clamp(0, size_in - 1)
-        low = source.floor().long()
-        return cls(low, (low + 1).clamp(max=size_in - 1), (source - low).float())
-
-    def needed(self, rows: slice) -> slice:
-        """Rows of the input that some rows of the output are made of."""
-        return slice(int(self.low[rows.start]), int(self.high[rows.stop - 1]) + 1)
-
-    def resize_rows(self, values: Tensor, rows: slice, first_row: int = 0) -> Tensor:
-        """Make some rows of the output.
-
-        Args:
-            values: float32, (channels, height, width), the input from `first_row` on.
-            rows: the rows of the output to make.
-            first_row: the row of the input that `values` begins with.
-
-        Returns:
-            float32, (channels, rows, width).
-        """
-        low = (self.low[rows] - first_row).to(values.device)
-        high = (self.high[rows] - first_row).to(values.device)
-        weight = self.weight[rows, None].to(values.device)
-        return torch.lerp(values[:, low], values[:, high], weight)
-
-
-def resize_columns(values: Tensor, width: int) -> Tensor:
-    """Resize float32 (channels, height, width in) bilinearly along its last axis."""
-    size = (values.shape[-2], width)
-    if not values.numel() or values.shape[-1] == width:
-        return values.new_empty((len(values), *size)) if not values.numel() else values
-    return nn.functional.interpolate(values[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def batch_geometries(

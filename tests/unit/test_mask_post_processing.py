@@ -10,8 +10,9 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpformer_hf import mask_post_processing
+from mpformer_hf import mask_post_processing, mask_resizing
 from mpformer_hf.mask_post_processing import (
     InstancePrediction,
     instance_map,
@@ -20,6 +21,8 @@ from mpformer_hf.mask_post_processing import (
     panoptic_segmentation,
     semantic_segmentation,
 )
+from mpformer_hf.mask_resizing import ResizedMasks
+from tests import plain_post_processing as plain
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels of the padded image; edges, not centres
 
@@ -68,22 +71,14 @@ def random_logits(num_images: int = 2, num_queries: int = 7) -> tuple[Tensor, Te
     return classes, 4 * smooth
 
 
-def resized_by_definition(masks: Tensor, valid: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """All mask logits of one image, in one piece."""
-    padded = (4 * masks.shape[-2], 4 * masks.shape[-1])
-    masks = nn.functional.interpolate(masks[None], padded, mode="bilinear", align_corners=False)
-    return nn.functional.interpolate(masks[..., : valid[0], : valid[1]], target, mode="bilinear", align_corners=False)[
-        0
-    ]
-
-
 def shares_agreeing(first: Tensor, second: Tensor) -> float:
     return float((first == second).double().mean())
 
 
-@pytest.fixture(params=[1, 64 * 2**20], ids=["row by row", "in one piece"])
-def band_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mask_post_processing, "BAND_BYTES", request.param)
+@pytest.fixture(params=[1, 64 * 2**20], ids=["in small blocks", "in one piece"])
+def block_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(mask_resizing.BLOCK_BYTES, "cpu", request.param)
+    monkeypatch.setattr(mask_resizing, "SHORTEST_BLOCK", 7)
 
 
 SIZES = pytest.mark.parametrize(
@@ -97,31 +92,25 @@ SIZES = pytest.mark.parametrize(
 
 
 @SIZES
-@pytest.mark.usefixtures("band_bytes")
+@pytest.mark.usefixtures("block_bytes")
 def test_semantic_scores_are_those_of_the_definition(valid: tuple[int, int], target: tuple[int, int]) -> None:
     classes, masks = random_logits()
     predictions = semantic_segmentation(classes, masks, [valid] * 2, [target] * 2, return_scores=True)
     for image, prediction in enumerate(predictions):
-        probabilities = classes[image].softmax(-1)[:, :-1]
-        scores = torch.einsum(
-            "qk,qhw->khw", probabilities, resized_by_definition(masks[image], valid, target).sigmoid()
-        )
+        scores = plain.semantic_scores(classes[image], masks[image], valid, target)
         torch.testing.assert_close(prediction.scores, scores, atol=1e-5, rtol=0)
         assert torch.equal(prediction.segmentation, prediction.scores.argmax(0))
 
 
 @SIZES
-@pytest.mark.usefixtures("band_bytes")
+@pytest.mark.usefixtures("block_bytes")
 def test_combining_first_resizes_the_class_scores(valid: tuple[int, int], target: tuple[int, int]) -> None:
     classes, masks = random_logits()
     predictions = semantic_segmentation(
         classes, masks, [valid] * 2, [target] * 2, combine_before_resize=True, return_scores=True
     )
     for image, prediction in enumerate(predictions):
-        probabilities = classes[image].softmax(-1)[:, :-1]
-        masks_at_valid = resized_by_definition(masks[image], valid, valid)
-        scores = torch.einsum("qk,qhw->khw", probabilities, masks_at_valid.sigmoid())
-        scores = nn.functional.interpolate(scores[None], target, mode="bilinear", align_corners=False)[0]
+        scores = plain.semantic_scores(classes[image], masks[image], valid, target, combine_before_resize=True)
         torch.testing.assert_close(prediction.scores, scores, atol=1e-5, rtol=0)
 
 
@@ -130,32 +119,20 @@ def test_semantic_scores_are_only_kept_when_asked_for() -> None:
 
 
 @SIZES
-@pytest.mark.usefixtures("band_bytes")
+@pytest.mark.usefixtures("block_bytes")
 def test_instances_are_those_of_the_definition(valid: tuple[int, int], target: tuple[int, int]) -> None:
     classes, masks = random_logits()
     predictions = instance_segmentation(classes, masks, [valid] * 2, [target] * 2, top_k=12, mask_threshold=0.4)
     for image, prediction in enumerate(predictions):
-        logits = resized_by_definition(masks[image], valid, target)
-        probabilities = classes[image].softmax(-1)[:, :-1]
-        expected = []
-        for query, label in sorted(
-            ((query, label) for query in range(7) for label in range(NUM_CLASSES)),
-            key=lambda pair: -probabilities[pair],
-        )[:12]:
-            inside = logits[query].sigmoid() > 0.4
-            mean = (logits[query].sigmoid() * inside).sum() / (inside.sum() + 1e-6)
-            expected.append((float(probabilities[query, label] * mean), label, inside))
-        expected.sort(key=lambda instance: -instance[0])
-        torch.testing.assert_close(
-            prediction.scores, torch.tensor([score for score, _, _ in expected]), atol=1e-5, rtol=0
-        )
-        assert prediction.labels.tolist() == [label for _, label, _ in expected]
-        for ours, (_, _, inside) in zip(prediction.masks, expected, strict=True):
-            assert shares_agreeing(ours, inside) > 0.999
+        expected = plain.instances(classes[image], masks[image], valid, target, top_k=12, mask_threshold=0.4)
+        torch.testing.assert_close(prediction.scores, expected.scores, atol=1e-5, rtol=0)
+        assert prediction.labels.tolist() == expected.labels.tolist()
+        assert shares_agreeing(prediction.masks, expected.masks) > 0.999
+        assert torch.equal(prediction.boxes, mask_boxes(prediction.masks))
 
 
 @SIZES
-@pytest.mark.usefixtures("band_bytes")
+@pytest.mark.usefixtures("block_bytes")
 def test_panoptic_maps_are_those_of_the_definition(valid: tuple[int, int], target: tuple[int, int]) -> None:
     classes, masks = random_logits()
     stuff, limits = {1, 3}, (0.25, 0.55, 0.3)
@@ -170,38 +147,11 @@ def test_panoptic_maps_are_those_of_the_definition(valid: tuple[int, int], targe
         label_ids_to_fuse=stuff,
     )
     for image, prediction in enumerate(predictions):
-        segmentation, segments = panoptic_by_definition(
-            classes[image], resized_by_definition(masks[image], valid, target), stuff, *limits
+        segmentation, segments = plain.panoptic(
+            classes[image], masks[image], valid, target, *limits, label_ids_to_fuse=stuff
         )
         assert shares_agreeing(prediction.segmentation, segmentation) > 0.999
         assert [(one.id, one.label_id) for one in prediction.segments] == segments
-
-
-def panoptic_by_definition(
-    classes: Tensor, logits: Tensor, stuff: set[int], score: float, mask: float, overlap: float
-) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Detectron2's rules, a query at a time."""
-    scores, labels = classes.softmax(-1).max(-1)
-    keep = [query for query in range(len(scores)) if labels[query] < NUM_CLASSES and scores[query] > score]
-    segmentation = torch.zeros(logits.shape[1:], dtype=torch.int32)
-    segments: list[tuple[int, int]] = []
-    if not keep:
-        return segmentation, segments
-    winner = torch.stack([scores[query] * logits[query].sigmoid() for query in keep]).argmax(0)
-    fused: dict[int, int] = {}
-    for position, query in enumerate(keep):
-        own = logits[query].sigmoid() >= mask
-        pixels = (winner == position) & own
-        if not pixels.any() or (winner == position).sum() / own.sum() < overlap:
-            continue
-        label = int(labels[query])
-        if label in stuff and label in fused:
-            segmentation[pixels] = fused[label]
-            continue
-        segments.append((len(segments) + 1, label))
-        fused[label] = len(segments)
-        segmentation[pixels] = len(segments)
-    return segmentation, segments
 
 
 def test_without_target_sizes_results_have_the_valid_size() -> None:
@@ -400,7 +350,7 @@ def test_a_dropped_instance_covers_nothing_itself() -> None:
 def test_masks_shrink_as_the_mask_threshold_grows(threshold: float) -> None:
     logits = perfect_masks([(16.0, 16.0, 80.0, 48.0)], PADDED) / SHARPNESS / 4
     (prediction,) = instance_segmentation(confident_classes([0]), logits, mask_threshold=threshold, top_k=1)
-    expected = resized_by_definition(logits[0], PADDED, PADDED).sigmoid() > threshold
+    expected = plain.logits_at_valid(logits[0], PADDED).sigmoid() > threshold
     assert torch.equal(prediction.masks, expected)
 
 
@@ -450,12 +400,13 @@ def test_queries_below_the_threshold_are_dropped_before_their_masks_are_resized(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen = []
-    whole = mask_post_processing.bands
-    monkeypatch.setattr(
-        mask_post_processing,
-        "bands",
-        lambda masks, *rest, **named: seen.append(len(masks)) or whole(masks, *rest, **named),
-    )
+
+    class Watched(ResizedMasks):
+        def __init__(self, masks: Tensor, *rest) -> None:
+            seen.append(len(masks))
+            super().__init__(masks, *rest)
+
+    monkeypatch.setattr(mask_post_processing, "ResizedMasks", Watched)
     classes, masks = confident_classes([0, 1, 2, 3], [0.9, 0.3, 0.8, 0.2]), perfect_masks(QUARTERS, PADDED)
     instance_segmentation(classes, masks, score_threshold=0.5)
     panoptic_segmentation(classes, masks, score_threshold=0.5)
@@ -490,22 +441,32 @@ def test_inputs_are_left_untouched() -> None:
     assert torch.equal(masks, copies[1])
 
 
-def test_no_float_tensor_of_all_classes_at_the_target_size_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mask_post_processing, "BAND_BYTES", 2**20)
-    largest = 0
-    whole = mask_post_processing.bands
+class LargestResult(TorchDispatchMode):
+    """Watches the largest float tensor that any operation returns."""
 
-    def watch(*arguments, **named):
-        nonlocal largest
-        for rows, values in whole(*arguments, **named):
-            largest = max(largest, values.numel())
-            yield rows, values
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
 
-    monkeypatch.setattr(mask_post_processing, "bands", watch)
-    classes, masks = torch.randn(1, 20, 151), torch.randn(1, 20, 32, 48)
-    for combine_before_resize in (False, True):
-        semantic_segmentation(classes, masks, None, [(640, 960)], combine_before_resize=combine_before_resize)
-    assert largest * 4 <= 2**20
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(value, Tensor) and value.is_floating_point():
+                self.elements = max(self.elements, value.untyped_storage().nbytes() // value.element_size())
+        return result
+
+
+@pytest.mark.parametrize("valid", [(256, 384), (128, 192)], ids=["much smaller result", "much larger result"])
+def test_no_float_tensor_of_all_classes_or_queries_at_the_target_size_is_made(valid: tuple[int, int]) -> None:
+    classes, masks = torch.randn(1, 20, 151), torch.randn(1, 20, 64, 96)
+    target = (32, 48) if valid == (256, 384) else (1280, 1920)
+    with LargestResult() as largest:
+        for combine_before_resize in (False, True):
+            semantic_segmentation(classes, masks, [valid], [target], combine_before_resize=combine_before_resize)
+        instance_segmentation(classes, masks, [valid], [target])
+        panoptic_segmentation(classes, masks, [valid], [target], score_threshold=0.0)
+    allowed = max(masks.numel(), mask_resizing.BLOCK_BYTES["cpu"] // 4)
+    assert masks.numel() <= largest.elements <= allowed < min(20 * 1280 * 1920, 20 * 256 * 384)
 
 
 # Bad input
