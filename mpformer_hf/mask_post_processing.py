@@ -13,10 +13,8 @@ Axes: B images, Q queries, K classes, N segments, h w mask logits (1/4 of the pa
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import wraps
-from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,11 +25,9 @@ from .mask_resizing import (
     ResizedMasks,
     Size,
     blocks,
+    exact_float32,
     resample,
 )
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 MASK_STRIDE = 4  # pixels of the padded image for one cell of the mask logits, along each side
 EPSILON = 1e-6  # the original's, in the mean mask probability of an instance
@@ -92,19 +88,6 @@ class PanopticPrediction:
     segments: list[PanopticSegment]
 
 
-def without_gradients_and_autocast(function: Callable[P, T]) -> Callable[P, T]:
-    """Compute in float32 whatever the caller's autocast says: rounded logits move the edges of masks."""
-
-    @wraps(function)
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        device = next((value.device for value in args if isinstance(value, Tensor)), torch.device("cpu"))
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
-
-
-@without_gradients_and_autocast
 def semantic_segmentation(
     class_logits: Tensor,
     mask_logits: Tensor,
@@ -129,10 +112,11 @@ def semantic_segmentation(
         One prediction an image.
     """
     geometries = batch_geometries(class_logits, mask_logits, image_sizes, target_sizes)
-    return [
-        semantic_map(ClassScores(classes, masks, geometry, combine_before_resize), return_scores)
-        for classes, masks, geometry in zip(class_logits, mask_logits, geometries, strict=True)
-    ]
+    with exact_float32(mask_logits.device):
+        return [
+            semantic_map(ClassScores(classes, masks, geometry, combine_before_resize), return_scores)
+            for classes, masks, geometry in zip(class_logits, mask_logits, geometries, strict=True)
+        ]
 
 
 def semantic_map(scores: "ClassScores", return_scores: bool) -> SemanticPrediction:
@@ -195,7 +179,6 @@ class ClassScores:
         return self.classes @ logits.sigmoid_()
 
 
-@without_gradients_and_autocast
 def instance_segmentation(
     class_logits: Tensor,
     mask_logits: Tensor,
@@ -234,16 +217,35 @@ def instance_segmentation(
     if top_k < 1:
         raise ValueError(f"`top_k` must be at least 1, got {top_k}.")
     geometries = batch_geometries(class_logits, mask_logits, image_sizes, target_sizes)
-    predictions = []
-    for classes, masks, geometry in zip(class_logits, mask_logits, geometries, strict=True):
-        query, label, score = best_pairs(classes, top_k, score_threshold, label_ids_to_drop)
-        used, position = query.unique(return_inverse=True)
-        crops, probability = crop_masks(masks[used], geometry, mask_threshold)
-        prediction = sort_instances(
-            crops, position, score * probability[position], label, score_threshold, geometry.target
-        )
-        predictions.append(drop_covered(prediction, overlap_mask_area_threshold))
-    return predictions
+    with exact_float32(mask_logits.device):
+        return [
+            image_instances(
+                masks,
+                best_pairs(classes, top_k, score_threshold, label_ids_to_drop),
+                geometry,
+                score_threshold,
+                mask_threshold,
+                overlap_mask_area_threshold,
+            )
+            for classes, masks, geometry in zip(class_logits, mask_logits, geometries, strict=True)
+        ]
+
+
+def image_instances(
+    mask_logits: Tensor,
+    pairs: tuple[Tensor, Tensor, Tensor],
+    geometry: ImageGeometry,
+    score_threshold: float | None,
+    mask_threshold: float,
+    overlap_mask_area_threshold: float,
+) -> InstancePrediction:
+    """Make the instances of one image from its (Q, h, w) mask logits and the best pairs, see `best_pairs`."""
+    query, labels, class_scores = pairs
+    used, position = query.unique(return_inverse=True)
+    crops, probability = crop_masks(mask_logits[used], geometry, mask_threshold)
+    scores = class_scores * probability[position]
+    prediction = sort_instances(crops, position, scores, labels, score_threshold, geometry.target)
+    return drop_covered(prediction, overlap_mask_area_threshold)
 
 
 def best_pairs(
@@ -308,9 +310,7 @@ def crop_masks(mask_logits: Tensor, geometry: ImageGeometry, mask_threshold: flo
     return crops, torch.stack(probabilities)
 
 
-def crop_mask(
-    resized: ResizedMasks, index: int, box: tuple[slice, slice], threshold: float
-) -> tuple[MaskCrop, Tensor]:
+def crop_mask(resized: ResizedMasks, index: int, box: tuple[slice, slice], threshold: float) -> tuple[MaskCrop, Tensor]:
     """Threshold one mask inside its box (rows, columns), and average its probability inside (float32, scalar)."""
     rows, columns = box
     size = (rows.stop - rows.start, columns.stop - columns.start)
@@ -439,7 +439,6 @@ def first_and_behind_last(occupied: Tensor) -> tuple[Tensor, Tensor]:
     return first, length - occupied.flip(-1).to(torch.uint8).argmax(-1)
 
 
-@without_gradients_and_autocast
 def panoptic_segmentation(
     class_logits: Tensor,
     mask_logits: Tensor,
@@ -472,10 +471,11 @@ def panoptic_segmentation(
     geometries = batch_geometries(class_logits, mask_logits, image_sizes, target_sizes)
     predictions = []
     for classes, masks, geometry in zip(class_logits, mask_logits, geometries, strict=True):
-        scores, labels = classes.float().softmax(-1).max(-1)
-        keep = (labels != classes.shape[-1] - 1) & (scores > score_threshold)
-        scores, labels = scores[keep], labels[keep]
-        contest = contest_pixels(masks[keep], scores, geometry, mask_threshold)
+        with exact_float32(mask_logits.device):
+            scores, labels = classes.float().softmax(-1).max(-1)
+            keep = (labels != classes.shape[-1] - 1) & (scores > score_threshold)
+            scores, labels = scores[keep], labels[keep]
+            contest = contest_pixels(masks[keep], scores, geometry, mask_threshold)
         predictions.append(
             panoptic_map(contest, scores.tolist(), labels.tolist(), overlap_mask_area_threshold, label_ids_to_fuse)
         )
@@ -573,6 +573,8 @@ def batch_geometries(
             f"Expected class logits of at least one class and, last, of 'no object', got {class_logits.shape[-1]} in "
             "all."
         )
+    refuse_nan("class logits", class_logits)
+    refuse_nan("mask logits", mask_logits)
     padded = (MASK_STRIDE * mask_logits.shape[-2], MASK_STRIDE * mask_logits.shape[-1])
     num_images = len(class_logits)
     valid_sizes = sizes_as_tuples("image_sizes", image_sizes, num_images) or [padded] * num_images
@@ -586,6 +588,19 @@ def batch_geometries(
             )
     targets = sizes_as_tuples("target_sizes", target_sizes, num_images) or valid_sizes
     return [ImageGeometry(padded, valid, target) for valid, target in zip(valid_sizes, targets, strict=True)]
+
+
+def refuse_nan(name: str, logits: Tensor) -> None:
+    """Refuse logits that are not numbers: they would come out as void, or as any class."""
+    # A sum is quick; it is NaN also for infinities of both signs, which are no harm.
+    if not logits.detach().sum(dtype=torch.float32).isnan():
+        return
+    for index, values in enumerate(logits):
+        if count := int(values.isnan().sum()):
+            raise ValueError(
+                f"Image {index} has {count} NaN among its {values.numel()} {name}. The model's weights or its input hold "
+                "NaN, or half precision overflowed: check them, or run the model in bfloat16 or float32."
+            )
 
 
 def sizes_as_tuples(name: str, sizes: Tensor | Sequence[Size] | None, num_images: int) -> list[Size] | None:

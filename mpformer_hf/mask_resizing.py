@@ -11,12 +11,14 @@ kept as (rows, N, columns): one product for each axis, and a reduction over N ru
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = {"cpu": 2 * 2**20}  # float values of one block: what fits into the cache of a core
+BLOCK_BYTES = {"cpu": 4 * 2**20}  # float values of one block: what the caches of a few cores hold
 BLOCK_BYTES_ELSEWHERE = 64 * 2**20
 SHORTEST_BLOCK = 8  # pixels along each side, whatever the number of channels
 LARGEST_LOGIT = 1e4  # infinities become this: 0 times infinity would spread NaN over a block
@@ -111,7 +113,7 @@ class ResizedMasks:
         return resample(self.values[:, mask], self.rows, self.columns, rows, columns).float()
 
 
-def resample(  # noqa: PLR0917 - two axes, each with its resize, its part and the origin of the values
+def resample(
     values: Tensor,
     row_resize: AxisResize,
     column_resize: AxisResize,
@@ -164,6 +166,13 @@ def product_type(device: torch.device) -> torch.dtype:
     return torch.float32 if is_exact else torch.float64
 
 
+@contextmanager
+def exact_float32(device: torch.device) -> Iterator[None]:
+    """Compute without gradients, and in float32 whatever the caller's autocast says: rounded logits move edges of masks."""
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def blocks(size: Size, channels: int, device: torch.device, shrink: float = 1.0) -> Iterator[tuple[slice, slice]]:
     """Divide an image into nearly square blocks, whose float values for all channels fit into the cache.
 
@@ -187,4 +196,4 @@ def parts(length: int, longest: int) -> list[slice]:
     """Divide a length into equal parts (to a pixel) of at most `longest`."""
     count = math.ceil(length / longest)
     edges = [length * index // max(1, count) for index in range(count + 1)]
-    return [slice(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]

@@ -505,6 +505,47 @@ def test_a_top_k_of_zero_is_refused() -> None:
         instance_segmentation(*random_logits(), top_k=0)
 
 
+@pytest.mark.parametrize("function", [semantic_segmentation, instance_segmentation, panoptic_segmentation])
+@pytest.mark.parametrize("which", ["class logits", "mask logits"])
+def test_logits_that_are_not_numbers_are_refused_and_the_image_is_named(function, which: str) -> None:
+    logits = dict(zip(("class logits", "mask logits"), random_logits(3), strict=True))
+    logits[which][2].view(-1)[5] = math.nan
+    with pytest.raises(ValueError, match=f"Image 2 has 1 NaN among its .* {which}"):
+        function(*logits.values())
+
+
+def test_infinite_mask_logits_are_certain_pixels() -> None:
+    masks = torch.full((1, 2, 16, 24), -math.inf)
+    masks[0, 0, :, :12] = math.inf
+    masks[0, 1, :, 12:] = math.inf
+    classes = confident_classes([THING_A, THING_B])
+    (panoptic,), (instances,) = (
+        function(classes, masks) for function in (panoptic_segmentation, instance_segmentation)
+    )
+    left = torch.zeros(PADDED, dtype=torch.bool)
+    left[:, :48] = True
+    assert torch.equal(panoptic.segmentation == 1, left)
+    assert torch.equal(panoptic.segmentation == 2, ~left)
+    assert torch.equal(instances.masks[instances.labels == THING_A][0], left)
+    assert semantic_segmentation(classes, masks)[0].segmentation.unique().tolist() == [THING_A, THING_B]
+
+
+@pytest.mark.parametrize("function", [semantic_segmentation, instance_segmentation, panoptic_segmentation])
+def test_autocast_and_reduced_precision_of_products_move_no_edge(function) -> None:
+    classes, masks = random_logits()
+    expected = function(classes, masks, None, [TARGET] * 2)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert mask_resizing.product_type(masks.device) == torch.float64
+        with torch.autocast("cpu", torch.bfloat16):
+            results = function(classes.requires_grad_(), masks.requires_grad_(), None, [TARGET] * 2)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    field = "masks" if function is instance_segmentation else "segmentation"
+    for result, one in zip(results, expected, strict=True):
+        assert torch.equal(getattr(result, field), getattr(one, field))
+
+
 def test_one_pixel_results_work() -> None:
     classes, masks = confident_classes([0]), perfect_masks([(0.0, 0.0, 96.0, 64.0)], PADDED)
     (prediction,) = instance_segmentation(classes, masks, [(1, 1)], [(1, 1)], top_k=1)
