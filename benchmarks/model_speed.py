@@ -12,7 +12,6 @@ Measured:
 """
 
 import argparse
-import ctypes
 import json
 import statistics
 import subprocess
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
+from benchmarks.memory import measure_added_memory
 from mpformer_hf import MPFormerConfig, MPFormerForUniversalSegmentation
 from mpformer_hf.deformable_attention import MultiScaleDeformableAttention
 
@@ -239,30 +239,6 @@ def run_child(task: str, name: str, setting: Setting) -> None:
     torch.set_num_threads(setting.threads)
     run = TASKS[task](name, setting)
     print(measure_added_memory(run, setting.device))
-
-
-def measure_added_memory(run: Callable[[], None], device: str) -> float:
-    """MiB that a run adds at its peak: on a CPU of the resident set of this process (Linux), on a GPU of what torch allocates."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        allocated = torch.cuda.memory_allocated()
-        run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - allocated) / 2**20
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)  # what was freed before could be used again and would not show
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes the present size
-    before = read_status("VmRSS")
-    run()
-    return (read_status("VmHWM") - before) / 2**20
-
-
-def read_status(name: str) -> int:
-    """Bytes of this process that Linux counts: `VmRSS`, the resident set, or `VmHWM`, its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
 
 
 def measure(setting: Setting, repeats: int, decoder_segments: int) -> dict[str, Any]:

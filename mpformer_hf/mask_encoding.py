@@ -17,6 +17,7 @@ BITS_PER_CHARACTER = 5
 CONTINUED = 1 << BITS_PER_CHARACTER
 FIRST_CHARACTER = 48  # "0"
 FIRST_DELTA = 3  # the first three counts are written as they are
+MOST_CHARACTERS = 10  # of one number, far above any mask's needs; more could overflow 64 bits
 MIN_POLYGON_NUMBERS = 6  # three corners
 
 
@@ -33,8 +34,60 @@ def encode_rle(masks: Tensor) -> list[dict[str, Any]]:
     [{'size': [2, 2], 'counts': '22'}]
     """
     height, width = masks.shape[-2:]
-    columns = masks.transpose(-2, -1).flatten(1).cpu().numpy()  # (N, W * H), column by column
-    return [{"size": [height, width], "counts": compress_counts(run_lengths(column))} for column in columns]
+    encoded = []
+    for mask in masks.bool():
+        rows, columns = occupied_box(mask)
+        encoded.append(encode_cropped_rle(mask[rows, columns], rows.start, columns.start, height, width))
+    return encoded
+
+
+def encode_cropped_rle(crop: Tensor, top: int, left: int, height: int, width: int) -> dict[str, Any]:
+    """Write a mask of which only a part is at hand; no array of the mask's full size is made.
+
+    Args:
+        crop: bool, (h, w). True is foreground. Outside of it the mask is background.
+        top: row of the mask in which the crop begins.
+        left: column of the mask in which the crop begins.
+        height: rows of the mask.
+        width: columns of the mask.
+
+    Returns:
+        `{"size": [height, width], "counts": str}`, as `encode_rle` gives it for the full mask.
+
+    Raises:
+        ValueError: the crop is not a matrix, or does not lie inside the mask.
+
+    >>> encode_cropped_rle(torch.tensor([[True], [True]]), top=0, left=1, height=2, width=2)
+    {'size': [2, 2], 'counts': '22'}
+    """
+    if crop.ndim != 2 or not (0 <= top <= height - crop.shape[0] and 0 <= left <= width - crop.shape[1]):  # noqa: PLR2004
+        raise ValueError(
+            f"Expected a crop (h, w) that lies inside a mask of {height} x {width}, got the shape {tuple(crop.shape)} "
+            f"at row {top}, column {left}. Cut away what lies outside of the mask."
+        )
+    counts = run_lengths(crop.bool().cpu().numpy(), top, left, height, width)
+    return {"size": [height, width], "counts": compress_counts(counts)}
+
+
+def occupied_box(mask: Tensor) -> tuple[slice, slice]:
+    """Find the smallest box that holds the foreground.
+
+    Args:
+        mask: bool, (H, W). True is foreground.
+
+    Returns:
+        Rows and columns of the box; both empty and beginning at 0 if there is no foreground.
+    """
+    nothing = slice(0, 0), slice(0, 0)
+    if mask.numel() == 0:
+        return nothing
+    pixels = mask.view(torch.uint8)  # the largest byte is found several times faster than any true value
+    rows = pixels.amax(dim=1).nonzero()
+    if len(rows) == 0:
+        return nothing
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    columns = pixels[top:bottom].amax(dim=0).nonzero()
+    return slice(top, bottom), slice(int(columns[0]), int(columns[-1]) + 1)
 
 
 def decode_rle(rle: dict[str, Any]) -> Tensor:
@@ -65,56 +118,95 @@ def decode_rle(rle: dict[str, Any]) -> Tensor:
     return torch.from_numpy(np.repeat(values, lengths).reshape(width, height).T.copy())
 
 
-def run_lengths(pixels: np.ndarray) -> np.ndarray:
-    """Measure the alternating runs of a row of pixels; the first is background and may be empty.
+def run_lengths(crop: np.ndarray, top: int, left: int, height: int, width: int) -> np.ndarray:
+    """Measure the alternating runs of a mask, column by column; the first is background and may be empty.
 
     Args:
-        pixels: bool, (length,).
+        crop: bool, (h, w), the part of the mask outside of which there is background.
+        top: row of the mask in which the crop begins.
+        left: column of the mask in which the crop begins.
+        height: rows of the mask.
+        width: columns of the mask.
 
     Returns:
-        int64, (runs,), adding up to `length`.
+        int64, (runs,), adding up to `height * width`.
     """
-    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
-    starts_with_foreground = pixels[:1].any()
-    edges = np.concatenate([[0, 0] if starts_with_foreground else [0], changes, [len(pixels)]])
-    return np.diff(edges)
+    is_change = np.diff(crop, axis=0, prepend=False, append=False)  # (h + 1, w), downwards
+    if len(crop) == height:
+        # What leaves a column at the bottom and goes on at the top of the next one is a single run.
+        goes_on = is_change[-1, :-1] & is_change[0, 1:]
+        is_change[-1, :-1] ^= goes_on
+        is_change[0, 1:] ^= goes_on
+    rows, columns = np.divmod(np.flatnonzero(is_change), max(1, crop.shape[1]))
+    changes = np.sort((left + columns) * height + top + rows)  # few, so cheaper than to transpose the pixels
+    size = height * width
+    return np.diff(np.concatenate([[0], changes[changes < size], [size]]))
 
 
 def compress_counts(counts: np.ndarray) -> str:
     """Write run lengths as COCO's string: signed base-32 digits, lowest first; bit 6 says that another one follows."""
     numbers = counts.astype(np.int64)
     numbers[FIRST_DELTA:] -= counts[FIRST_DELTA - 2 : -2]
-    digits, is_used = [], []
-    pending = np.ones(len(numbers), dtype=bool)
-    while pending.any():
-        digit = numbers & (CONTINUED - 1)
-        numbers = numbers >> BITS_PER_CHARACTER
-        # The highest bit of the last digit is its sign, so a number ends when the rest repeats that bit.
-        is_negative = (digit & (CONTINUED >> 1)) != 0
-        more = pending & (numbers != np.where(is_negative, -1, 0))
-        digits.append(digit + np.where(more, CONTINUED, 0) + FIRST_CHARACTER)
-        is_used.append(pending)
-        pending = more
-    if not digits:
-        return ""
-    return np.stack(digits, axis=1)[np.stack(is_used, axis=1)].astype(np.uint8).tobytes().decode("ascii")
+    # The highest bit of the last digit is the sign, so one digit holds -16 to 15, two hold -512 to 511.
+    sizes, limit = np.where(numbers < 0, ~numbers, numbers), CONTINUED >> 1
+    lengths = np.ones_like(numbers)
+    while (is_longer := sizes >= limit).any():
+        lengths += is_longer
+        limit <<= BITS_PER_CHARACTER
+    ends = lengths.cumsum()
+    shifts = (np.arange(lengths.sum()) - np.repeat(ends - lengths, lengths)) * BITS_PER_CHARACTER
+    digits = (np.repeat(numbers, lengths) >> shifts) & (CONTINUED - 1) | CONTINUED
+    digits[ends - 1] ^= CONTINUED
+    return (digits + FIRST_CHARACTER).astype(np.uint8).tobytes().decode("ascii")
 
 
 def expand_counts(text: bytes) -> np.ndarray:
-    """Read COCO's string back into run lengths; the inverse of `compress_counts`."""
-    counts: list[int] = []
-    number, shift = 0, 0
-    for character in text:
-        digit = character - FIRST_CHARACTER
-        number |= (digit & (CONTINUED - 1)) << shift
-        shift += BITS_PER_CHARACTER
-        if digit & CONTINUED:
-            continue
-        if digit & (CONTINUED >> 1):
-            number -= 1 << shift
-        counts.append(number + (counts[-2] if len(counts) >= FIRST_DELTA else 0))
-        number, shift = 0, 0
-    return np.array(counts, dtype=np.int64)
+    """Read COCO's string back into run lengths; the inverse of `compress_counts`.
+
+    Args:
+        text: ASCII.
+
+    Returns:
+        int64, (runs,).
+
+    Raises:
+        ValueError: a character is none of COCO's, or the last number is not complete.
+    """
+    digits = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - FIRST_CHARACTER
+    check_digits(digits, text)
+    ends = np.flatnonzero(digits < CONTINUED)  # (runs,), the last digit of each number
+    lengths = np.diff(ends, prepend=-1)
+    if len(ends) == 0:
+        return ends
+    if lengths.max() > MOST_CHARACTERS:
+        raise ValueError(
+            f"A run length takes at most {MOST_CHARACTERS} characters, got one of {lengths.max()}. Check `counts`."
+        )
+    first_of_number = np.repeat(ends - lengths + 1, lengths)
+    shifts = (np.arange(len(digits)) - first_of_number) * BITS_PER_CHARACTER
+    numbers = np.add.reduceat((digits & (CONTINUED - 1)) << shifts, ends - lengths + 1)
+    is_negative = (digits[ends] & (CONTINUED >> 1)) != 0
+    numbers -= np.where(is_negative, 1 << (lengths * BITS_PER_CHARACTER), 0)
+    # Every second number adds to the one before it; the very first stands alone.
+    for first in range(FIRST_DELTA - 2, FIRST_DELTA):
+        numbers[first::2] = numbers[first::2].cumsum()
+    return numbers
+
+
+def check_digits(digits: np.ndarray, text: bytes) -> None:
+    """Refuse digits outside COCO's alphabet, and a last digit that announces another one."""
+    foreign = np.flatnonzero((digits < 0) | (digits >= 2 * CONTINUED))
+    if len(foreign):
+        raise ValueError(
+            f"Compressed run lengths consist of the characters {chr(FIRST_CHARACTER)!r} to "
+            f"{chr(FIRST_CHARACTER + 2 * CONTINUED - 1)!r}, got {chr(text[foreign[0]])!r} at position {foreign[0]}. "
+            "Check that `counts` is a string of COCO, without line breaks or further encoding."
+        )
+    if len(digits) and digits[-1] >= CONTINUED:
+        raise ValueError(
+            f"Compressed run lengths end in the middle of a number, after {len(digits)} characters. "
+            "Check that `counts` has not been cut short."
+        )
 
 
 def rasterize_polygons(polygons: list[list[float]], height: int, width: int) -> Tensor:
@@ -130,40 +222,56 @@ def rasterize_polygons(polygons: list[list[float]], height: int, width: int) -> 
         bool, (height, width).
 
     Raises:
-        ValueError: a polygon has fewer than three corners, or an odd count of numbers.
+        ValueError: a polygon has fewer than three corners, an odd count of numbers, or one that is not finite.
     """
     mask = np.zeros((height, width), dtype=bool)
     for polygon in polygons:
-        corners = np.asarray(polygon, dtype=np.float64).reshape(-1)
-        if len(corners) < MIN_POLYGON_NUMBERS or len(corners) % 2:
-            raise ValueError(
-                f"A polygon needs at least three corners as [x0, y0, x1, y1, ...], got {len(corners)} numbers. "
-                "Drop such polygons from the annotation."
-            )
-        mask |= fill_polygon(corners.reshape(-1, 2), height, width)
+        corners = read_corners(polygon)
+        (left, top), (right, bottom) = np.floor(corners.min(axis=0)), np.ceil(corners.max(axis=0))
+        rows = slice(*np.clip([top, bottom], 0, height).astype(int))
+        columns = slice(*np.clip([left, right], 0, width).astype(int))
+        mask[rows, columns] |= fill_polygon(corners, rows, columns)
     return torch.from_numpy(mask)
 
 
-def fill_polygon(corners: np.ndarray, height: int, width: int) -> np.ndarray:
+def read_corners(polygon: list[float]) -> np.ndarray:
+    """Read `[x0, y0, x1, y1, ...]` as float64, (corners, 2)."""
+    numbers = np.asarray(polygon, dtype=np.float64).reshape(-1)
+    if len(numbers) < MIN_POLYGON_NUMBERS or len(numbers) % 2:
+        raise ValueError(
+            f"A polygon needs at least three corners as [x0, y0, x1, y1, ...], got {len(numbers)} numbers. "
+            "Drop such polygons from the annotation."
+        )
+    if not np.isfinite(numbers).all():
+        raise ValueError(
+            f"A polygon needs finite numbers, got {numbers[~np.isfinite(numbers)][0]} among its {len(numbers)}. "
+            "Drop such polygons from the annotation."
+        )
+    return numbers.reshape(-1, 2)
+
+
+def fill_polygon(corners: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
     """Fill one polygon: toggle every column at the rows where an edge crosses the column's centre, then accumulate.
 
     Args:
         corners: float64, (corners, 2), x and y.
-        height: rows of the mask.
-        width: columns of the mask.
+        rows: those of the image to fill; the polygon has none above them that lie in the image.
+        columns: those of the image to fill.
 
     Returns:
-        bool, (height, width).
+        bool, (rows, columns).
     """
-    toggles = np.zeros((height + 1, width), dtype=bool)
-    for (x0, y0), (x1, y1) in zip(corners, np.roll(corners, -1, axis=0), strict=True):
-        left, right = sorted((x0, x1))
-        # Half open in x, so that a corner on a column's centre counts once for the two edges that meet there.
-        first, last = max(0, int(np.ceil(left - 0.5))), min(width, int(np.ceil(right - 0.5)))
-        if first >= last:
-            continue
-        columns = np.arange(first, last)
-        crossings = y0 + (columns + 0.5 - x0) * (y1 - y0) / (x1 - x0)
-        rows = np.clip(np.ceil(crossings - 0.5), 0, height).astype(np.int64)
-        toggles[rows, columns] ^= True
-    return np.logical_xor.accumulate(toggles[:height], axis=0)
+    next_corners = np.roll(corners, -1, axis=0)
+    lefts, rights = np.minimum(corners[:, 0], next_corners[:, 0]), np.maximum(corners[:, 0], next_corners[:, 0])
+    # Half open in x, so that a corner on a column's centre counts once for the two edges that meet there.
+    first, last = (np.clip(np.ceil(x - 0.5), columns.start, columns.stop).astype(int) for x in (lefts, rights))
+    counts = last - first  # (corners,), columns that an edge crosses
+    edge = np.repeat(np.arange(len(corners)), counts)
+    column = np.arange(len(edge)) - np.repeat(counts.cumsum() - counts - first, counts)
+    (x0, y0), (x1, y1) = corners[edge].T, next_corners[edge].T
+    crossings = y0 + (column + 0.5 - x0) * (y1 - y0) / (x1 - x0)
+    row = np.clip(np.ceil(crossings - 0.5), rows.start, rows.stop).astype(int)
+    toggles = np.zeros((rows.stop - rows.start + 1, columns.stop - columns.start), dtype=bool)
+    places, times = np.unique((row - rows.start) * toggles.shape[1] + column - columns.start, return_counts=True)
+    toggles.reshape(-1)[places[times % 2 == 1]] = True
+    return np.logical_xor.accumulate(toggles[:-1], axis=0)
