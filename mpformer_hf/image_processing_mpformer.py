@@ -1,19 +1,20 @@
 """Images and labels to the tensors of MP-Former, and its outputs to results at the size of the image.
 
-`MPFormerImageProcessor` has the call and `post_process_*` signatures of transformers' Mask2Former. Labels are read in
-`segment_labels.py`, results are computed in `mask_post_processing.py`; here stand sizes, padding, defaults and output
-formats.
+`MPFormerImageProcessor` has the call and `post_process_*` signatures of transformers' Mask2Former. Images are read
+in `image_reading.py`, labels in `segment_labels.py`, results are computed in `mask_post_processing.py`; here stand sizes,
+padding, defaults and output formats.
 
 Axes: B images, N segments of one image, K classes, H W the padded image, h w one image after resizing.
 """
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import PIL.Image
@@ -27,29 +28,45 @@ from transformers.image_utils import (
     ImageInput,
     PILImageResampling,
     SizeDict,
-    infer_channel_dimension_format,
 )
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import logging
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils.generic import TensorType
 
+from .image_reading import (
+    FILE_TYPES,
+    LARGEST_SCALED,
+    WHITE,
+    channels_first,
+    channels_to_rgb,
+    decode,
+    eight_bit_range,
+    flatten_images,
+    open_image,
+    pil_to_array,
+    pil_to_rgb,
+)
 from .mask_encoding import encode_rle
+from .mask_polygons import trace_polygons
 from .mask_post_processing import (
     InstancePrediction,
     check_share,
     instance_map,
     instance_segmentation,
-    mask_boxes,
     panoptic_segmentation,
     semantic_segmentation,
 )
 from .segment_labels import (
     SegmentLabels,
+    plain_tensor,
     segments_from_coco_instances,
     segments_from_coco_panoptic,
     segments_from_map,
     segments_from_masks,
 )
+
+logger = logging.get_logger(__name__)
 
 T = TypeVar("T")
 Array = Tensor | np.ndarray
@@ -68,12 +85,16 @@ INSTANCE_PRESETS = ("display", "evaluation")
 # In the files of other image processors; they mean nothing here, or are read under another name.
 LEGACY_KEYS = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "use_fast", "backend")
 
-IMAGE_RANK = 3
+# The other two of Pillow, box and hamming, are not in torch.
+RESAMPLING = (
+    PILImageResampling.NEAREST,
+    PILImageResampling.BILINEAR,
+    PILImageResampling.BICUBIC,
+    PILImageResampling.LANCZOS,
+)
+
 STACK_RANK = 3
-RGB_CHANNELS = 3
-RGBA_CHANNELS = 4
-WHITE = 255
-LARGEST_16_BIT = 65535
+LARGEST_ENLARGED = 2**28  # pixels; 3 GiB as float32
 
 
 class SegmentationOutputs(Protocol):
@@ -90,6 +111,7 @@ class MPFormerImageProcessorKwargs(ImagesKwargs, total=False):
     do_reduce_labels: bool
     num_labels: int | None
     size_divisor: int
+    size_buckets: list[Any] | tuple[Any, ...]
     score_threshold: float
     mask_threshold: float
     overlap_mask_area_threshold: float
@@ -113,15 +135,21 @@ class MPFormerImageProcessor(TorchvisionBackend):
     r"""Prepare images and labels for MP-Former and turn its outputs into results.
 
     Images are resized, rescaled, normalised and padded with zeros at the right and the bottom, to the largest height
-    and width of the batch rounded up to a multiple of `size_divisor`, or to `pad_size`. The aspect ratio is kept,
-    except with a fixed `size` of height and width. EXIF rotation is not applied: pass
+    and width of the batch rounded up to a multiple of `size_divisor`, to `pad_size`, or to one of `size_buckets`. The
+    aspect ratio is kept, except with a fixed `size` of height and width. EXIF rotation is not applied, neither to PIL
+    images nor to files, because labels belong to the pixels as they are stored: pass
     `PIL.ImageOps.exif_transpose(image)` where it matters.
 
     Preprocessing fields:
         do_resize, size, resample: `size` is `{"shortest_edge", "longest_edge"}` (either or both), `{"height", "width"}`
             (fixed, stretches) or `{"max_height", "max_width"}` (fits inside).
         do_rescale, rescale_factor, do_normalize, image_mean, image_std, do_convert_rgb, device: as everywhere.
+        disable_grouping: whether images are processed one by one, and not those of one size together; `None` does so on
+            the CPU. The results are the same.
         do_pad, size_divisor, pad_size: padding; `size_divisor=1` only pads to the largest image.
+        size_buckets: (), instead of `pad_size`: pairs (height, width), or dicts of `height` and `width`. A batch is
+            padded to the bucket of the smallest area into which all its images fit, so that a compiled model sees few
+            shapes. As an argument of a call, `()` switches the buckets of the processor off.
         ignore_index, do_reduce_labels: values of `segmentation_maps` to drop, and whether classes count from 1 in them.
             They do not concern `mask_labels` and `annotations`.
         num_labels: if set, a class label of `num_labels` or above is an error.
@@ -155,6 +183,7 @@ class MPFormerImageProcessor(TorchvisionBackend):
     do_normalize = True
     do_pad = True
     size_divisor = 32
+    size_buckets: tuple[Size, ...] = ()
     do_reduce_labels = False
     score_threshold = 0.5
     mask_threshold = 0.5
@@ -170,8 +199,8 @@ class MPFormerImageProcessor(TorchvisionBackend):
             check_share(name, getattr(self, name))
         if self.top_k < 1:
             raise ValueError(f"`top_k` must be at least 1, got {self.top_k}.")
-        if self.size_divisor < 0:
-            raise ValueError(f"`size_divisor` must be at least 0, got {self.size_divisor}. 0 and 1 switch it off.")
+        self.size_buckets = bucket_sizes(self.size_buckets)
+        check_fields({name: getattr(self, name, None) for name in self.valid_kwargs.__annotations__})
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise the fields.
@@ -198,9 +227,10 @@ class MPFormerImageProcessor(TorchvisionBackend):
         """Prepare images and, in one of three forms, their labels.
 
         Args:
-            images: one image or several; PIL, numpy or torch, uint8 or (16 bit) uint16, or float with
-                `do_rescale=False`.
-            segmentation_maps: a map (height, width) for each image, of classes, or of segment ids (next argument).
+            images: one image or several: PIL, numpy or torch, or the path, URL or base64 text of a file. Integers are
+                0 to 255, and uint16 0 to 65535; floats are 0 to 255, or 0 to 1 with `do_rescale=False`.
+            segmentation_maps: a map (height, width) for each image, of classes, or of segment ids (next argument);
+                PIL (of a palette image its indices), numpy or torch, or the path of a file.
             instance_id_to_semantic_id: class of each segment id; one dict, or one for each image.
             mask_labels: for each image bool, uint8 or float masks in [0, 1], (segments, height, width); they may
                 overlap.
@@ -208,7 +238,8 @@ class MPFormerImageProcessor(TorchvisionBackend):
             annotations: for each image a list of COCO instance dicts, a dict `{"annotations": that list}`, or a COCO
                 panoptic dict with `segments_info` and `png` (image, array or path; else `file_name` is read as a path).
                 `category_id` is the class label of the model.
-            **kwargs: fields of the processor for this call, and `return_tensors`.
+            **kwargs: fields of the processor for this call, and `return_tensors`. `None` takes the field, unless the
+                field has no default of its own (`ignore_index`, `num_labels`, `pad_size`).
 
         Returns:
             `pixel_values` float32 (B, 3, H, W), `pixel_mask` int64 (B, H, W) with 1 on the image, and with labels
@@ -225,25 +256,41 @@ class MPFormerImageProcessor(TorchvisionBackend):
             )
         labels = LabelInputs(segmentation_maps, instance_id_to_semantic_id, mask_labels, class_labels, annotations)
         require_one_form(labels)
+        for name in [name for name, value in kwargs.items() if value is None]:
+            if getattr(type(self), name, None) is not None:
+                del kwargs[name]
         return super().preprocess(images, labels, **kwargs)
 
     def process_image(
         self,
-        image: ImageInput,
+        image: ImageInput | str | os.PathLike[str],
         do_convert_rgb: bool | None = None,
         input_data_format: str | ChannelDimension | None = None,
-        device: str | torch.device | None = None,
+        device: str | int | torch.device | None = None,
+        do_rescale: bool | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Read one image as a tensor (channels, height, width); with `do_convert_rgb`, of three channels."""
-        if isinstance(image, PIL.Image.Image) and do_convert_rgb:
-            image, input_data_format = pil_to_rgb(image), ChannelDimension.LAST
-        if isinstance(image, Tensor | np.ndarray):
-            image = eight_bit_range(image)
-            input_data_format = input_data_format or channel_format(image)
-        device = torch.device(device) if isinstance(device, str) else device
-        tensor = super().process_image(image, False, input_data_format, device, **kwargs)
-        return channels_to_rgb(tensor) if do_convert_rgb else tensor
+        """Read one image as a tensor (channels, height, width); with `do_convert_rgb`, of three channels.
+
+        Integers become uint8, and uint16 and floats float32; only floats can be beyond 0 to 255.
+        """
+        if isinstance(image, FILE_TYPES):
+            image = open_image(image)
+        if isinstance(image, PIL.Image.Image):
+            image = pil_to_rgb(image) if do_convert_rgb else pil_to_array(image)
+            input_data_format = ChannelDimension.LAST
+        if not isinstance(image, Tensor | np.ndarray):
+            raise TypeError(
+                "expected a PIL image, a numpy array, a torch tensor, or the path of a file, got "
+                f"{type(image).__name__}. Encoded bytes become an image by `PIL.Image.open(io.BytesIO(data))`."
+            )
+        tensor = channels_first(plain_tensor(image), input_data_format)
+        if min(tensor.shape) < 1:
+            raise ValueError(f"it is empty: its shape is {tuple(tensor.shape)}. Leave it out of the batch.")
+        do_rescale = self.do_rescale if do_rescale is None else do_rescale
+        is_scaled = tensor.is_floating_point() and not do_rescale
+        tensor = eight_bit_range(tensor).to(device)
+        return channels_to_rgb(tensor, 1 if is_scaled and tensor.max() <= 1 else WHITE) if do_convert_rgb else tensor
 
     # The base class hands on whatever `preprocess` gives it, and every field of the processor.
     def _preprocess_image_like_inputs(  # type: ignore[override]
@@ -255,19 +302,19 @@ class MPFormerImageProcessor(TorchvisionBackend):
         device: str | torch.device | None = None,
         **fields: Any,
     ) -> BatchFeature:
-        refuse_unsupported(fields)
-        tensors = []
-        for index, image in enumerate(cast("list[ImageInput]", self._prepare_images_structure(with_channels(images)))):
+        fields["size_buckets"] = bucket_sizes(fields["size_buckets"])
+        check_fields({**fields, "input_data_format": input_data_format})
+        tensors, model_sizes = [], []
+        listed = flatten_images(images)
+        if not listed:
+            raise ValueError("Expected an image or several, got none. Skip empty batches.")
+        for index, image in enumerate(listed):
             with name_image(index):
-                tensor = self.process_image(image, do_convert_rgb, input_data_format, device)
-                if min(tensor.shape) < 1:
-                    raise ValueError(f"it is empty: its shape is {tuple(tensor.shape)}.")
+                tensor = self.process_image(image, do_convert_rgb, input_data_format, device, fields["do_rescale"])
+                check_values(tensor, fields)
                 tensors.append(tensor)
-        model_sizes = [
-            resized_size(size_of(tensor), fields["size"]) if fields["do_resize"] else size_of(tensor)
-            for tensor in tensors
-        ]
-        padded = padded_size(model_sizes, fields["pad_size"], fields["size_divisor"]) if fields["do_pad"] else None
+                model_sizes.append(resized_size(size_of(tensor), fields["size"] if fields["do_resize"] else None))
+        padded = padded_size(model_sizes, fields) if fields["do_pad"] else None
         segments = read_labels(
             labels,
             [size_of(tensor) for tensor in tensors],
@@ -276,15 +323,27 @@ class MPFormerImageProcessor(TorchvisionBackend):
             do_reduce_labels=fields["do_reduce_labels"],
         )
         check_class_labels(segments, fields["num_labels"])
-        values = [self._pixel_values(one, size, fields) for one, size in zip(tensors, model_sizes, strict=True)]
+        values = self._pixel_values(tensors, model_sizes, fields)
         return batch_inputs(values, segments, padded, fields["return_tensors"])
 
-    def _pixel_values(self, image: Tensor, model_size: Size, fields: Mapping[str, Any]) -> Tensor:
-        """Resize, rescale and normalise one image (channels, height, width)."""
-        if size_of(image) != model_size:
-            image = self.resize(image, SizeDict(height=model_size[0], width=model_size[1]), fields["resample"])
+    def _pixel_values(self, images: list[Tensor], model_sizes: list[Size], fields: Mapping[str, Any]) -> list[Tensor]:
+        """Resize, rescale and normalise images (channels, height, width), those of one size and type in one go."""
+        groups: dict[Any, list[int]] = {}
+        for index, image in enumerate(images):
+            is_alone = fields["disable_grouping"]
+            if is_alone is None:
+                is_alone = image.device.type == "cpu"  # as transformers: there stacking costs more than it saves
+            groups.setdefault(index if is_alone else (image.shape, image.dtype), []).append(index)
+        values: dict[int, Tensor] = {}
         names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-        return self.rescale_and_normalize(image, *(fields[name] for name in names))
+        for members in groups.values():
+            stacked = torch.stack([images[index] for index in members])
+            height, width = model_sizes[members[0]]
+            if size_of(stacked) != (height, width):
+                stacked = self.resize(stacked, SizeDict(height=height, width=width), fields["resample"])
+            stacked = self.rescale_and_normalize(stacked, *(fields[name] for name in names))
+            values.update(zip(members, stacked.float(), strict=True))
+        return [values[index] for index in range(len(images))]
 
     def post_process_semantic_segmentation(
         self,
@@ -337,6 +396,7 @@ class MPFormerImageProcessor(TorchvisionBackend):
         top_k: int | None = None,
         label_ids_to_fuse: Collection[int] | None = None,
         preset: str | None = None,
+        return_polygons: bool = False,
     ) -> list[dict[str, Any]]:
         """Turn outputs into instances, highest score first.
 
@@ -356,6 +416,7 @@ class MPFormerImageProcessor(TorchvisionBackend):
             preset: "display" takes the fields, `None` takes them but for that of overlap; "evaluation" takes the `top_k`
                 field, as average precision wants it, and no threshold of score or overlap. An argument that is given
                 wins.
+            return_polygons: add `polygons`, the outlines of the masks.
 
         Returns:
             For each image a dict:
@@ -363,7 +424,8 @@ class MPFormerImageProcessor(TorchvisionBackend):
             it, -1 where there is none (or see above);
             `segments_info`, a dict with `id` (from 0), `label_id`, `was_fused` (False) and `score` for each instance;
             and for the same instances in the same order `masks` bool (N, height, width), which may overlap, `scores`
-            float32 (N,), `labels` int64 (N,) and `boxes` float32 (N, 4), x1, y1, x2, y2.
+            float32 (N,), `labels` int64 (N,) and `boxes` float32 (N, 4), x1, y1, x2, y2; with `return_polygons` also
+            `polygons`, for each instance COCO's list of `[x0, y0, x1, y1, ...]` along the edges of its pixels.
         """
         if return_coco_annotation and return_binary_maps:
             raise ValueError(
@@ -387,7 +449,11 @@ class MPFormerImageProcessor(TorchvisionBackend):
             top_k=self._or_field("top_k", top_k),
             label_ids_to_drop=self._or_field("label_ids_to_fuse", label_ids_to_fuse),
         )
-        return [instance_result(one, return_coco_annotation, return_binary_maps) for one in predictions]
+        results = [instance_result(one, return_coco_annotation, return_binary_maps) for one in predictions]
+        if return_polygons:
+            for result in results:
+                result["polygons"] = [trace_polygons(mask) for mask in result["masks"]]
+        return results
 
     def post_process_panoptic_segmentation(
         self,
@@ -445,10 +511,14 @@ def instance_result(
 ) -> dict[str, Any]:
     """Format the instances of one image as `post_process_instance_segmentation` documents it."""
     masks = prediction.masks
-    tensor = masks if return_binary_maps else instance_map(masks)
+    segmentation: Tensor | list[dict[str, Any]]
+    if return_coco_annotation:
+        segmentation = encode_rle(masks)
+    else:
+        segmentation = masks if return_binary_maps else instance_map(masks, prediction.boxes)
     pairs = zip(prediction.labels.tolist(), prediction.scores.tolist(), strict=True)
     return {
-        "segmentation": encode_rle(masks) if return_coco_annotation else tensor,
+        "segmentation": segmentation,
         "segments_info": [
             {"id": index, "label_id": label, "was_fused": False, "score": score}
             for index, (label, score) in enumerate(pairs)
@@ -456,7 +526,7 @@ def instance_result(
         "masks": masks,
         "scores": prediction.scores,
         "labels": prediction.labels,
-        "boxes": mask_boxes(masks),
+        "boxes": prediction.boxes,
     }
 
 
@@ -501,15 +571,121 @@ def require_one_form(labels: LabelInputs) -> None:
         raise ValueError("`instance_id_to_semantic_id` belongs to `segmentation_maps`, which was not passed.")
 
 
-def refuse_unsupported(kwargs: Mapping[str, Any]) -> None:
+def check_fields(fields: Mapping[str, Any]) -> None:
+    """Refuse fields that cannot be, or that have no effect; those of the processor, or of a call."""
+    refuse_unsupported(fields)
+    check_padding(fields["pad_size"], fields["size_divisor"], fields["size_buckets"])
+    if fields["do_resize"]:
+        check_size(fields["size"])
+        if fields["resample"] not in RESAMPLING:
+            raise ValueError(
+                f"`resample` must be one of {', '.join(f'{int(one)} ({one.name.lower()})' for one in RESAMPLING)}, got "
+                f"{fields['resample']!r}."
+            )
+    check_normalisation(fields)
+
+
+def refuse_unsupported(fields: Mapping[str, Any]) -> None:
     """Refuse what every image processor of transformers accepts and this one would ignore."""
-    if kwargs.get("do_center_crop") or kwargs.get("crop_size"):
+    if fields.get("do_center_crop") or fields.get("crop_size"):
         raise ValueError(
             "Cropping is not supported: crop images and labels before the processor, and set `do_center_crop=False`."
         )
-    data_format = kwargs.get("data_format")
+    data_format = fields.get("data_format")
     if data_format is not None and str(getattr(data_format, "value", data_format)) != "channels_first":
         raise ValueError(f"`pixel_values` are always channels first, got `data_format={data_format!r}`. Leave it out.")
+    input_format = fields.get("input_data_format")
+    if input_format is not None and input_format not in tuple(ChannelDimension):
+        raise ValueError(
+            f"`input_data_format` must be 'channels_first' or 'channels_last', got {input_format!r}. Leave it out to "
+            "have it read from the shape."
+        )
+    if fields.get("image_seq_length") is not None:
+        raise ValueError("`image_seq_length` belongs to models of text and images. Leave it out.")
+
+
+def check_size(size: SizeDict) -> None:
+    """Check that `size` has one of its forms."""
+    lengths = dict(size)
+    forms = ({"shortest_edge"}, {"longest_edge"}, {"shortest_edge", "longest_edge"})
+    if set(lengths) not in (*forms, {"height", "width"}, {"max_height", "max_width"}):
+        raise ValueError(
+            "`size` must be a dict of `shortest_edge` and/or `longest_edge`, of `height` and `width`, or of "
+            f"`max_height` and `max_width`, got {lengths}."
+        )
+    if not all(is_length(length) for length in lengths.values()):
+        raise ValueError(f"`size` must hold integers of at least 1, got {lengths}.")
+
+
+def check_normalisation(fields: Mapping[str, Any]) -> None:
+    """Check factor, mean and standard deviation, and that the mean belongs to the range that the factor leaves."""
+    factor = fields["rescale_factor"] if fields["do_rescale"] else math.inf
+    if not factor > 0:
+        raise ValueError(f"`rescale_factor` must be above 0, got {factor}.")
+    if not fields["do_normalize"]:
+        return
+    if not np.min(fields["image_std"]) > 0:
+        raise ValueError(f"`image_std` must be above 0, got {fields['image_std']}.")
+    if np.max(fields["image_mean"]) > WHITE * factor:
+        raise ValueError(
+            f"`image_mean` {fields['image_mean']} lies above {WHITE * factor:g}, to which `rescale_factor` brings white. "
+            "Divide `image_mean` and `image_std` by 255, or set `do_rescale=False`."
+        )
+
+
+def check_padding(pad_size: SizeDict | None, size_divisor: int, size_buckets: Sequence[Size]) -> None:
+    """Check the fields of padding, and that the backbone can take every size that they name."""
+    if size_divisor < 0:
+        raise ValueError(f"`size_divisor` must be at least 0, got {size_divisor}. 0 and 1 switch it off.")
+    name, sizes = "size_buckets", list(size_buckets)
+    if pad_size is not None:
+        if size_buckets:
+            raise ValueError(
+                "`pad_size` and `size_buckets` both decide to what a batch is padded. Drop `size_buckets` (set it to "
+                "`()`) to pad every batch to one size, or `pad_size` to pad each to the smallest bucket that holds it."
+            )
+        if not (is_length(pad_size.height) and is_length(pad_size.width)):
+            raise ValueError(f"`pad_size` must be a dict of `height` and `width`, at least 1, got {dict(pad_size)}.")
+        name, sizes = "pad_size", [(pad_size["height"], pad_size["width"])]
+    divisor = max(1, size_divisor)
+    for height, width in sizes:
+        if height % divisor or width % divisor:
+            raise ValueError(
+                f"`{name}` must be a multiple of `size_divisor` ({divisor}), got {height} x {width}. Round it up to "
+                f"{round_up(height, divisor)} x {round_up(width, divisor)}, or set `size_divisor=1` for a backbone of "
+                "any size."
+            )
+
+
+def bucket_sizes(buckets: Sequence[Any]) -> tuple[Size, ...]:
+    """Read `size_buckets`, pairs or dicts, as pairs of height and width, the smallest area first."""
+    if not isinstance(buckets, list | tuple):
+        raise ValueError(  # noqa: TRY004 - as for every other value of a field
+            f"`size_buckets` must be a list of pairs (height, width), got {buckets!r}."
+        )
+    sizes = set()
+    for bucket in buckets:
+        lengths = dict(bucket) if isinstance(bucket, Mapping | SizeDict) else bucket
+        if isinstance(lengths, dict) and set(lengths) == {"height", "width"}:
+            lengths = (lengths["height"], lengths["width"])
+        is_pair = isinstance(lengths, list | tuple) and len(lengths) == 2  # noqa: PLR2004 - height and width
+        if not (is_pair and all(is_length(length) for length in lengths)):
+            raise ValueError(
+                "`size_buckets` must hold pairs (height, width) of integers of at least 1, or dicts of `height` and "
+                f"`width`, got {bucket!r}."
+            )
+        sizes.add(tuple(lengths))
+    return tuple(sorted(sizes, key=lambda size: (size[0] * size[1], size)))
+
+
+def is_length(value: object) -> bool:
+    """Tell whether a value is a number of pixels."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def round_up(length: int, divisor: int) -> int:
+    """Round up to a multiple of `divisor`."""
+    return math.ceil(length / divisor) * divisor
 
 
 @contextmanager
@@ -526,112 +702,76 @@ def size_of(image: Tensor) -> Size:
     return image.shape[-2], image.shape[-1]
 
 
-def with_channels(images: ImageInput) -> ImageInput:
-    """Give gray arrays (height, width), alone or in a list, a first axis of one channel."""
-    if isinstance(images, list | tuple):
-        return cast("ImageInput", [with_channels(image) for image in images])
-    return images[None] if isinstance(images, Tensor | np.ndarray) and images.ndim == IMAGE_RANK - 1 else images
+def check_values(image: Tensor, fields: Mapping[str, Any]) -> None:
+    """Refuse images that the given rescaling and normalisation would turn into noise.
 
-
-def channel_format(image: Array) -> ChannelDimension:
-    """Find the axis of the channels; one pixel high or wide is no channel where the other end has three or four."""
-    colours = (RGB_CHANNELS, RGBA_CHANNELS)
-    if image.shape[0] == 1 and image.shape[-1] in colours:
-        return ChannelDimension.LAST
-    if image.shape[-1] == 1 and image.shape[0] in colours:
-        return ChannelDimension.FIRST
-    # transformers reads the shape alone, and warns where both ends could be colours.
-    return infer_channel_dimension_format(cast("np.ndarray", image), (1, *colours))
-
-
-def pil_to_rgb(image: PIL.Image.Image) -> np.ndarray:
-    """Convert a PIL image of any mode to (height, width, 3), 0 to 255; what is transparent becomes white."""
-    if image.mode.startswith("I;16"):
-        return np.repeat(eight_bit_range(np.array(image))[..., None], RGB_CHANNELS, axis=-1)
-    if image.mode in ("I", "F"):
+    Args:
+        image: uint8 or float32, (channels, height, width).
+        fields: of the call.
+    """
+    means = np.atleast_1d(fields["image_mean"]) if fields["do_normalize"] else np.zeros(1)
+    if len(means) not in (1, len(image)):
         raise ValueError(
-            f"a PIL image of mode {image.mode!r} has no defined range. Convert it to 8 bits first, for example with "
-            "`PIL.Image.fromarray((values * 255).astype('uint8'))`."
+            f"it has {len(image)} channels, but `image_mean` has {len(means)} values. Set `do_convert_rgb=True`, or "
+            "give `image_mean` and `image_std` one value for each channel."
         )
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, (WHITE,) * RGBA_CHANNELS), image)
-    return np.array(image.convert("RGB"))
-
-
-def eight_bit_range(image: Array) -> Array:
-    """Bring a numpy or torch image of bool or integers to 0..255; uint8 and float stay as they are."""
-    if isinstance(image, np.ndarray) and not image.flags.writeable:
-        image = image.copy()  # torch warns of arrays that it may not write to
-    kind = str(image.dtype).removeprefix("torch.")
-    if kind == "uint8" or kind.startswith(("float", "bfloat")):
-        return image
-    values = image.astype(np.float32) if isinstance(image, np.ndarray) else image.float()
-    if kind == "bool":
-        return values * WHITE
-    if kind == "uint16":
-        return values / (LARGEST_16_BIT / WHITE)
-    if math.prod(values.shape) and not (values.min() >= 0 and values.max() <= WHITE):
+    is_rescaled = fields["do_rescale"] and fields["rescale_factor"] < 1
+    needs_scaled = fields["do_normalize"] and not fields["do_rescale"] and means.max() <= 1
+    if image.dtype == torch.uint8 and not needs_scaled:
+        return
+    low, high = (float(value) for value in image.aminmax())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("it has values that are not finite (NaN or infinite). Replace them, or leave the image out.")
+    if is_rescaled and image.is_floating_point() and high <= LARGEST_SCALED and (low, high) != (0, 0):
         raise ValueError(
-            f"an image of type {kind} must hold 0 to {WHITE}, got {values.min():g} to {values.max():g}. Convert it to "
-            "uint8, or to uint16 if it uses all 16 bits."
+            f"it holds floats from {low:g} to {high:g}, which seem to be scaled already, and `do_rescale=True` would "
+            f"multiply them by {fields['rescale_factor']:.4g}. Set `do_rescale=False` (and `do_normalize=False` if they "
+            "are normalised too), or pass floats from 0 to 255, or uint8."
         )
-    return values
-
-
-def channels_to_rgb(image: Tensor) -> Tensor:
-    """Convert (1, 3 or 4 channels, height, width) to three channels; what is transparent becomes white."""
-    channels = image.shape[0]
-    if channels == 1:
-        return image.expand(RGB_CHANNELS, -1, -1)
-    if channels == RGBA_CHANNELS:
-        white = 1.0 if image.is_floating_point() and image.numel() and image.max() <= 1 else float(WHITE)
-        opacity = image[RGB_CHANNELS:].float() / white
-        blended = image[:RGB_CHANNELS].float() * opacity + white * (1 - opacity)
-        return blended if image.is_floating_point() else blended.round().to(image.dtype)
-    if channels != RGB_CHANNELS:
+    if needs_scaled and high > (LARGEST_SCALED if image.is_floating_point() else 1):
         raise ValueError(
-            f"expected 1, 3 or 4 channels, got {channels}. Set `do_convert_rgb=False` for a model of {channels} "
-            "channels."
+            f"it holds values up to {high:g}, but with `do_rescale=False` and this `image_mean` they should be in "
+            "[0, 1]. Set `do_rescale=True`, or divide them by 255."
         )
-    return image
 
 
-def resized_size(image_size: Size, size: SizeDict) -> Size:
-    """Compute height and width after resizing; rounding as in Detectron2, so that 480 x 640 at 800 is 800 x 1067."""
-    height, width = image_size
+def resized_size(image_size: Size, size: SizeDict | None) -> Size:
+    """Compute height and width after resizing; rounding as in Detectron2, so that 480 x 640 at 800 is 800 x 1067.
+
+    Args:
+        image_size: height and width before.
+        size: a form that `check_size` takes; `None` keeps the image as it is.
+    """
+    if size is None:
+        return image_size
     if size.height and size.width:
         return size.height, size.width
+    height, width = image_size
     if size.max_height and size.max_width:
         scale = min(size.max_height / height, size.max_width / width)
-    elif size.shortest_edge or size.longest_edge:
-        limits = (
+    else:
+        scale = min(
             size.shortest_edge / min(image_size) if size.shortest_edge else math.inf,
             size.longest_edge / max(image_size) if size.longest_edge else math.inf,
         )
-        scale = min(limits)
-    else:
+    new_height, new_width = max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    if new_height * new_width > max(LARGEST_ENLARGED, height * width):
         raise ValueError(
-            "`size` must be a dict of `shortest_edge` and/or `longest_edge`, of `height` and `width`, or of "
-            f"`max_height` and `max_width`, got {dict(size)}."
+            f"it is {height} x {width} and would be enlarged to {new_height} x {new_width} by `size` {dict(size)}. Add "
+            "`longest_edge`, or leave images out that are so narrow."
         )
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+    return new_height, new_width
 
 
-def padded_size(model_sizes: Sequence[Size], pad_size: SizeDict | None, size_divisor: int) -> Size:
+def padded_size(model_sizes: Sequence[Size], fields: Mapping[str, Any]) -> Size:
     """Compute the common size of a batch."""
-    divisor = max(1, size_divisor)
-    largest = (max(height for height, _ in model_sizes), max(width for _, width in model_sizes))
+    pad_size, buckets = fields["pad_size"], fields["size_buckets"]
+    if buckets:
+        return smallest_bucket(model_sizes, buckets)
     if pad_size is None:
-        height, width = (math.ceil(length / divisor) * divisor for length in largest)
+        divisor = max(1, fields["size_divisor"])
+        height, width = (round_up(max(lengths), divisor) for lengths in zip(*model_sizes, strict=True))
         return height, width
-    if not (pad_size.height and pad_size.width):
-        raise ValueError(f"`pad_size` must be a dict of `height` and `width`, got {dict(pad_size)}.")
-    if pad_size.height % divisor or pad_size.width % divisor:
-        raise ValueError(
-            f"`pad_size` must be a multiple of `size_divisor` ({divisor}), got {pad_size.height} x {pad_size.width}. "
-            "Round it up, or set `size_divisor=1` for a backbone of any size."
-        )
     for index, (height, width) in enumerate(model_sizes):
         if height > pad_size.height or width > pad_size.width:
             raise ValueError(
@@ -639,6 +779,30 @@ def padded_size(model_sizes: Sequence[Size], pad_size: SizeDict | None, size_div
                 f"{pad_size.height} x {pad_size.width}. Enlarge `pad_size` or lower `size`."
             )
     return pad_size.height, pad_size.width
+
+
+def smallest_bucket(model_sizes: Sequence[Size], buckets: Sequence[Size]) -> Size:
+    """Find the first bucket, in ascending area, into which every image fits."""
+
+    def fitting(height: int, width: int) -> list[Size]:
+        return [bucket for bucket in buckets if height <= bucket[0] and width <= bucket[1]]
+
+    listed = ", ".join(f"{height} x {width}" for height, width in buckets)
+    for index, (height, width) in enumerate(model_sizes):
+        if not fitting(height, width):
+            raise ValueError(
+                f"Image {index} is {height} x {width} after resizing, which fits into none of `size_buckets` "
+                f"({listed}). Add a bucket that holds {height} x {width}, or lower `size`."
+            )
+    heights, widths = zip(*model_sizes, strict=True)
+    if fits := fitting(max(heights), max(widths)):
+        return fits[0]
+    tallest, widest = heights.index(max(heights)), widths.index(max(widths))
+    sizes = [f"image {index} ({heights[index]} x {widths[index]} after resizing)" for index in (tallest, widest)]
+    raise ValueError(
+        f"No bucket of `size_buckets` ({listed}) holds both {sizes[0]} and {sizes[1]}. Add a bucket that holds "
+        f"{max(heights)} x {max(widths)}, or put tall and wide images into batches of their own."
+    )
 
 
 def pad_with_zeros(values: Tensor, padded: Size | None) -> Tensor:
@@ -658,6 +822,9 @@ def batch_inputs(
     return_tensors: str | TensorType | None,
 ) -> BatchFeature:
     """Pad images and labels to one size and collect them as the model's inputs."""
+    channels = {len(image) for image in images}
+    if return_tensors is not None and len(channels) > 1:
+        raise ValueError(f"Images of {sorted(channels)} channels make no batch. Set `do_convert_rgb=True`.")
     sizes = {size_of(image) for image in images}
     if padded is None and return_tensors is not None and len(sizes) > 1:
         raise ValueError(
@@ -677,8 +844,8 @@ def batch_inputs(
         ]
         classes = [one.class_labels.to(image.device) for one, image in zip(segments, images, strict=True)]
         is_numpy = return_tensors in (TensorType.NUMPY, TensorType.NUMPY.value)
-        inputs["mask_labels"] = [mask.numpy() for mask in masks] if is_numpy else masks
-        inputs["class_labels"] = [labels.numpy() for labels in classes] if is_numpy else classes
+        inputs["mask_labels"] = [mask.cpu().numpy() for mask in masks] if is_numpy else masks
+        inputs["class_labels"] = [labels.cpu().numpy() for labels in classes] if is_numpy else classes
     return inputs
 
 
@@ -721,11 +888,15 @@ def read_labels(
     return segments
 
 
-def one_per_image(name: str, entries: Sequence[T], num_images: int) -> Sequence[T]:
+def one_per_image(name: str, entries: object, num_images: int) -> list[Any]:
     """Check that there is an entry for each image."""
+    if not isinstance(entries, list | tuple | np.ndarray | Tensor):
+        raise ValueError(  # noqa: TRY004 - as for every other bad input
+            f"`{name}` must be a list of one entry for each of the {num_images} images, got {type(entries).__name__}."
+        )
     if len(entries) != num_images:
         raise ValueError(f"`{name}` must have one entry for each of the {num_images} images, got {len(entries)}.")
-    return entries
+    return list(entries)
 
 
 def map_readers(
@@ -735,18 +906,37 @@ def map_readers(
     maps: Any = labels.segmentation_maps
     if isinstance(maps, list | tuple):
         maps = [inner for entry in maps for inner in (entry if isinstance(entry, list | tuple) else [entry])]
-    elif isinstance(maps, PIL.Image.Image) or maps.ndim != STACK_RANK or len(maps) != num_images:
+    elif num_images == 1 or not isinstance(maps, Tensor | np.ndarray) or maps.ndim < STACK_RANK:
         maps = [maps]
-    arrays = [np.array(one) if isinstance(one, PIL.Image.Image) else one for one in maps]
     ids: Any = labels.instance_id_to_semantic_id
     ids = ids if isinstance(ids, list | tuple) else [ids] * num_images
     pairs = zip(
-        one_per_image("segmentation_maps", arrays, num_images),
+        one_per_image("segmentation_maps", maps, num_images),
         one_per_image("instance_id_to_semantic_id", ids, num_images),
         strict=True,
     )
-    read = partial(segments_from_map, ignore_index=ignore_index, do_reduce_labels=do_reduce_labels)
+    read = partial(read_map, ignore_index=ignore_index, do_reduce_labels=do_reduce_labels)
     return [partial(read, one, instance_id_to_semantic_id=one_ids) for one, one_ids in pairs]
+
+
+def read_map(segmentation_map: object, **arguments: Any) -> SegmentLabels:
+    """Read a map of one image in any form; of a palette image the indices, whatever their colours."""
+    return segments_from_map(label_array("segmentation map", segmentation_map), **arguments)
+
+
+def label_array(what: str, values: object) -> Array:
+    """Read an array, a PIL image or a file without a change of its values."""
+    if isinstance(values, FILE_TYPES):
+        values = open_image(values)
+    if isinstance(values, PIL.Image.Image):
+        decode(values)
+        return np.array(values)
+    if not isinstance(values, Tensor | np.ndarray):
+        raise TypeError(
+            f"its {what} must be a PIL image, a numpy array, a torch tensor, or the path of a file, got "
+            f"{type(values).__name__}."
+        )
+    return values
 
 
 def mask_readers(
@@ -756,8 +946,8 @@ def mask_readers(
     if isinstance(masks, Tensor | np.ndarray) and masks.ndim == STACK_RANK:
         masks, classes = [masks], [classes]
     pairs = zip(
-        one_per_image("mask_labels", list(masks), num_images),
-        one_per_image("class_labels", list(classes), num_images),
+        one_per_image("mask_labels", masks, num_images),
+        one_per_image("class_labels", classes, num_images),
         strict=True,
     )
     return [partial(segments_from_masks, one, labels) for one, labels in pairs]
@@ -767,8 +957,10 @@ def list_annotations(annotations: Sequence[Any] | Mapping[str, Any]) -> Sequence
     """List the annotations of a batch; a dict alone, or a list of instance dicts, is one image."""
     if isinstance(annotations, Mapping):
         return [annotations]
-    is_one_image = len(annotations) > 0 and all(
-        isinstance(one, Mapping) and not {"annotations", "segments_info"} & set(one) for one in annotations
+    is_one_image = (
+        isinstance(annotations, list | tuple)
+        and len(annotations) > 0
+        and all(isinstance(one, Mapping) and not {"annotations", "segments_info"} & set(one) for one in annotations)
     )
     return [annotations] if is_one_image else annotations
 
@@ -796,12 +988,12 @@ def panoptic_png(annotation: Mapping[str, Any]) -> Array:
             "its panoptic annotation needs `png` (an image, an array or a path) or `file_name`, got "
             f"{sorted(annotation)}."
         )
-    if isinstance(png, Tensor | np.ndarray):
-        return png
-    if not isinstance(png, PIL.Image.Image):
-        with PIL.Image.open(png) as image:
-            png = image.copy()
-    return np.array(png.convert("RGB") if png.mode in ("P", "RGBA") else png)
+    if isinstance(png, FILE_TYPES):
+        png = open_image(png)
+    if isinstance(png, PIL.Image.Image) and png.mode in ("P", "RGBA"):
+        decode(png)
+        png = png.convert("RGB")
+    return label_array("panoptic map", png)
 
 
 __all__ = ["MPFormerImageProcessor"]

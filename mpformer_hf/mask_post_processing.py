@@ -551,6 +551,19 @@ def panoptic_map(
     return PanopticPrediction(segmentation.to(torch.int32), list(segments.values()))
 
 
+def valid_sizes(pixel_mask: Tensor) -> Tensor:
+    """Measure the valid part of padded images, for `image_sizes` of the outputs of models that do not return them.
+
+    Args:
+        pixel_mask: (B, H, W), 1 (or True) on the image, which lies at the top left, 0 in the padding.
+
+    Returns:
+        int64, (B, 2), height and width.
+    """
+    valid = pixel_mask != 0
+    return torch.stack([valid.any(dim=2).sum(dim=1), valid.any(dim=1).sum(dim=1)], dim=1)
+
+
 def batch_geometries(
     class_logits: Tensor,
     mask_logits: Tensor,

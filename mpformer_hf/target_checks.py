@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .mask_post_processing import valid_sizes
+
 SMALLEST_IMAGE = 32
 
 
@@ -69,8 +71,7 @@ def measure_images(pixel_values: Tensor, pixel_mask: Tensor | None) -> Tensor:
             torch.full((batch_size,), side, dtype=torch.int64, device=pixel_values.device) for side in (height, width)
         ]
         return torch.stack(sides, dim=1)
-    valid = pixel_mask != 0
-    return torch.stack([valid.any(dim=2).sum(dim=1), valid.any(dim=1).sum(dim=1)], dim=1)
+    return valid_sizes(pixel_mask)
 
 
 @torch.compiler.disable  # every new number of segments would be another graph

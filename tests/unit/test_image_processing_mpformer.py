@@ -18,6 +18,7 @@ from transformers.models.mask2former.modeling_mask2former import Mask2FormerForU
 from transformers.models.maskformer.modeling_maskformer import MaskFormerForInstanceSegmentationOutput
 
 from mpformer_hf.image_processing_mpformer import MPFormerImageProcessor
+from mpformer_hf.mask_encoding import rasterize_polygons
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
@@ -137,6 +138,143 @@ def test_a_fixed_size_that_the_backbone_cannot_take_is_refused() -> None:
         small(pad_size=500)(image(10, 10), return_tensors="pt")
 
 
+# Size buckets
+
+BUCKETS = ((64, 64), (32, 160), (96, 96))  # ascending area: 4096, 5120, 9216
+
+
+@pytest.mark.parametrize(
+    ("sizes", "bucket"),
+    [
+        ([(10, 10)], (64, 64)),
+        ([(64, 64)], (64, 64)),
+        ([(20, 65)], (32, 160)),
+        ([(65, 20)], (96, 96)),
+        ([(20, 70), (33, 20)], (96, 96)),  # each fits into a smaller one, but into different ones
+        ([(1, 97), (32, 1)], (32, 160)),
+    ],
+    ids=str,
+)
+def test_a_batch_is_padded_to_the_smallest_bucket_that_holds_all_its_images(
+    sizes: list[tuple[int, int]], bucket: tuple[int, int]
+) -> None:
+    images = [image(*size) for size in sizes]
+    for buckets in (BUCKETS, BUCKETS[::-1], [{"height": height, "width": width} for height, width in BUCKETS]):
+        from_field = small(size_buckets=buckets)(images, return_tensors="pt")
+        from_argument = small()(images, size_buckets=list(buckets), return_tensors="pt")
+        for inputs in (from_field, from_argument):
+            assert inputs.pixel_values.shape == (len(sizes), 3, *bucket)
+            assert inputs.pixel_mask.shape == (len(sizes), *bucket)
+            assert inputs.pixel_mask.sum((1, 2)).tolist() == [height * width for height, width in sizes]
+
+
+def test_few_shapes_reach_the_model_with_buckets() -> None:
+    processor = small(size_buckets=BUCKETS)
+    sizes = [(height, width) for height in range(1, 33, 6) for width in range(1, 160, 9)]
+    shapes = {tuple(processor(image(*size), return_tensors="pt").pixel_values.shape[2:]) for size in sizes}
+    assert shapes == {(64, 64), (32, 160)}
+
+
+def test_pixels_and_labels_in_a_bucket_are_those_without_one() -> None:
+    masks, classes = stripes()
+    call = {"mask_labels": [masks], "class_labels": [classes], "return_tensors": "pt"}
+    plain = small()(image(40, 70), **call)
+    bucket = small(size_buckets=[(128, 160)])(image(40, 70), **call)
+    assert torch.equal(bucket.pixel_values[..., :64, :96], plain.pixel_values)
+    assert bucket.pixel_values[..., 40:, :].abs().max() == 0
+    assert bucket.mask_labels[0].shape == (3, 128, 160)
+    assert torch.equal(bucket.mask_labels[0][:, :64, :96], plain.mask_labels[0])
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (
+            [(10, 10), (97, 20)],
+            r"Image 1 is 97 x 20 after resizing, which fits into none of `size_buckets` "
+            r"\(64 x 64, 32 x 160, 96 x 96\). Add a bucket that holds 97 x 20, or lower `size`",
+        ),
+        (
+            [(10, 10), (96, 10), (32, 160)],
+            r"No bucket of `size_buckets` .* holds both image 1 \(96 x 10 after resizing\) and image 2 \(32 x 160 .*"
+            r"Add a bucket that holds 96 x 160, or put tall and wide images into batches of their own",
+        ),
+    ],
+    ids=["one image", "two images together"],
+)
+def test_images_that_fit_no_bucket_are_named(sizes: list[tuple[int, int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(size_buckets=BUCKETS)([image(*size) for size in sizes], return_tensors="pt")
+
+
+def test_the_size_after_resizing_decides_about_the_bucket() -> None:
+    processor = MPFormerImageProcessor(size={"longest_edge": 64}, size_buckets=BUCKETS)
+    assert processor(image(500, 400), return_tensors="pt").pixel_values.shape == (1, 3, 64, 64)
+    with pytest.raises(ValueError, match="Image 0 is 128 x 102 after resizing"):
+        processor(image(500, 400), size={"longest_edge": 128}, return_tensors="pt")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"size_buckets": [(64, 64), (64, 100)]},
+            r"`size_buckets` must be a multiple of `size_divisor` \(32\), got 64 x 100. Round it up to 64 x 128",
+        ),
+        (
+            {"size_buckets": [(96, 96)], "size_divisor": 64},
+            r"must be a multiple of `size_divisor` \(64\), got 96 x 96. Round it up to 128 x 128",
+        ),
+        ({"size_buckets": [(64, 64)], "pad_size": 64}, r"Drop `size_buckets` \(set it to `\(\)`\) .*, or `pad_size`"),
+        ({"size_buckets": (64, 64)}, r"`size_buckets` must hold pairs \(height, width\) .*, got 64"),
+        ({"size_buckets": [(64, 64, 3)]}, r"got \(64, 64, 3\)"),
+        ({"size_buckets": [(0, 64)]}, r"integers of at least 1, .*got \(0, 64\)"),
+        ({"size_buckets": [(64.0, 64)]}, r"got \(64.0, 64\)"),
+        ({"size_buckets": [{"height": 64}]}, "got {'height': 64}"),
+        ({"size_buckets": [{"shortest_edge": 64, "longest_edge": 64}]}, "got {'shortest_edge': 64"),
+    ],
+    ids=str,
+)
+def test_buckets_that_cannot_be_are_refused_at_construction_and_in_a_call(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MPFormerImageProcessor(**fields)
+    with pytest.raises(ValueError, match=message):
+        small()(image(8, 8), return_tensors="pt", **fields)
+
+
+def test_a_divisor_or_a_fixed_size_in_a_call_is_checked_against_the_buckets_of_the_processor() -> None:
+    processor = small(size_buckets=[(96, 96)])
+    with pytest.raises(ValueError, match=r"must be a multiple of `size_divisor` \(64\), got 96 x 96"):
+        processor(image(8, 8), size_divisor=64, return_tensors="pt")
+    with pytest.raises(ValueError, match="`pad_size` and `size_buckets` both decide"):
+        processor(image(8, 8), pad_size={"height": 64, "width": 64}, return_tensors="pt")
+    fixed = processor(image(8, 8), pad_size={"height": 64, "width": 64}, size_buckets=(), return_tensors="pt")
+    assert fixed.pixel_values.shape == (1, 3, 64, 64)
+    assert processor(image(8, 8), size_buckets=(), return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+    assert processor(image(8, 8), do_pad=False, return_tensors="pt").pixel_values.shape == (1, 3, 8, 8)
+
+
+def test_buckets_of_any_size_are_fine_without_a_divisor() -> None:
+    inputs = small(size_buckets=[(50, 75)], size_divisor=1)(image(40, 70), return_tensors="pt")
+    assert inputs.pixel_values.shape == (1, 3, 50, 75)
+
+
+@pytest.mark.parametrize("form", [list, tuple, lambda pairs: [{"height": one[0], "width": one[1]} for one in pairs]])
+def test_buckets_come_back_equal_from_their_file(form, tmp_path: Path) -> None:
+    processor = MPFormerImageProcessor(size_buckets=form([[96, 96], [64, 64], [64, 64]]))
+    assert processor.size_buckets == ((64, 64), (96, 96))
+    processor.save_pretrained(tmp_path / "first")
+    loaded = MPFormerImageProcessor.from_pretrained(tmp_path / "first")
+    assert loaded.size_buckets == processor.size_buckets
+    assert loaded.to_dict() == processor.to_dict()
+    loaded.save_pretrained(tmp_path / "second")
+    first, second = ((tmp_path / name / "preprocessor_config.json").read_text() for name in ("first", "second"))
+    assert first == second
+    assert json.loads(first)["size_buckets"] == [[64, 64], [96, 96]]
+    assert MPFormerImageProcessor(**json.loads(first)).to_dict() == processor.to_dict()
+    assert MPFormerImageProcessor.from_pretrained(tmp_path / "first", size_buckets=[]).size_buckets == ()
+
+
 def test_images_of_different_sizes_need_padding() -> None:
     with pytest.raises(ValueError, match=r"different sizes \(\[\(10, 10\), \(40, 70\)\]\)"):
         small(do_pad=False)([image(10, 10), image(40, 70)], return_tensors="pt")
@@ -197,21 +335,6 @@ def test_what_is_transparent_becomes_white(form: str) -> None:
     values = small(do_normalize=False)(pixels, return_tensors="pt").pixel_values[0, :, :8, :8]
     assert values[:, :4].max() == 0
     assert values[:, 4:].min() == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("pixels", "message"),
-    [
-        (np.zeros((8, 8, 2), dtype=np.uint8), "Image 1: .*channel"),
-        (np.full((8, 8, 3), 300), "Image 1: an image of type int64 must hold 0 to 255, got 300 to 300"),
-        (PIL.Image.new("F", (8, 8)), "Image 1: a PIL image of mode 'F' has no defined range"),
-        (np.zeros((0, 8, 3), dtype=np.uint8), "Image 1: it is empty"),
-    ],
-    ids=["two channels", "beyond 8 bits", "float PIL image", "empty"],
-)
-def test_images_that_cannot_be_read_are_named(pixels, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        small()([image(8, 8), pixels], return_tensors="pt")
 
 
 # Labels
@@ -305,6 +428,58 @@ def test_three_hundred_of_three_hundred_instances_survive() -> None:
     inputs = small(ignore_index=255, do_reduce_labels=True)(image(15, 20), ids, mapping, return_tensors="pt")
     assert inputs.mask_labels[0].shape[0] == 300
     assert inputs.class_labels[0].tolist() == [0] * 300
+
+
+def test_segment_ids_255_and_256_and_classes_beyond_8_bits_survive() -> None:
+    ids = np.repeat(np.array([0, 1, 254, 255, 256, 257, 70_000, 300]), 4).reshape(8, 4)
+    mapping = {1: 1, 254: 255, 255: 256, 256: 257, 257: 300, 70_000: 70_000, 300: 1}
+    inputs = small(ignore_index=255, do_reduce_labels=True)(image(8, 4), ids, mapping, return_tensors="pt")
+    # In ascending order of ids, classes lowered by one.
+    assert inputs.class_labels[0].tolist() == [0, 254, 255, 256, 299, 0, 69_999]
+    assert inputs.mask_labels[0].flatten(1).sum(1).tolist() == [4] * 7
+    for segment, segment_id in zip(inputs.mask_labels[0], sorted(mapping), strict=True):
+        assert torch.equal(segment[:8, :4], torch.from_numpy(ids == segment_id))
+
+
+@pytest.mark.parametrize("do_reduce_labels", [False, True])
+def test_what_is_dropped_from_a_map_of_ids_depends_on_reducing(do_reduce_labels: bool) -> None:
+    ids = np.array([[0, 1, 255, 256]] * 8, dtype=np.uint16)
+    mapping = {0: 4, 1: 2, 255: 3, 256: 1}
+    processor = small(ignore_index=255, do_reduce_labels=do_reduce_labels)
+    classes = processor(image(8, 4), ids, mapping, return_tensors="pt").class_labels[0].tolist()
+    # Reducing: id 0 goes and 255 stays. Not reducing: 255 goes and 0 stays, as in transformers.
+    assert classes == ([1, 2, 0] if do_reduce_labels else [4, 2, 1])
+    if not do_reduce_labels:
+        theirs = Mask2FormerImageProcessor(do_resize=False, ignore_index=255)
+        assert (
+            theirs(image(8, 4), ids.astype(np.int64), mapping, return_tensors="pt").class_labels[0].tolist() == classes
+        )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
+def test_lowering_classes_of_a_small_type_does_not_overflow(dtype: type) -> None:
+    classes = np.array([[0, 1, 2, 100]] * 8, dtype=dtype)
+    inputs = small(ignore_index=255, do_reduce_labels=True)(image(8, 4), classes, return_tensors="pt")
+    assert inputs.class_labels[0].tolist() == [0, 1, 99]
+    without_value = small(do_reduce_labels=True)(image(8, 4), classes, return_tensors="pt")
+    assert without_value.class_labels[0].tolist() == [0, 1, 99]
+
+
+def test_three_hundred_overlapping_masks_and_soft_masks_reach_the_model_as_they_are() -> None:
+    masks = torch.rand(300, 16, 20) > 0.5
+    classes = torch.arange(300)
+    inputs = small()(image(16, 20), mask_labels=[masks], class_labels=[classes], return_tensors="pt")
+    assert torch.equal(inputs.mask_labels[0][:, :16, :20], masks)
+    assert torch.equal(inputs.class_labels[0], classes)
+    soft = torch.rand(5, 16, 20, dtype=torch.float64)
+    soft_inputs = small()(image(16, 20), mask_labels=[soft], class_labels=[[0, 1, 2, 3, 4]], return_tensors="pt")
+    assert soft_inputs.mask_labels[0].dtype == torch.float32
+    assert torch.equal(soft_inputs.mask_labels[0][:, :16, :20], soft.float())
+    doubled = MPFormerImageProcessor(size={"height": 32, "width": 40})(
+        image(16, 20), mask_labels=[soft], class_labels=[[0, 1, 2, 3, 4]], return_tensors="pt"
+    )
+    expected = soft.float().repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert torch.equal(doubled.mask_labels[0][:, :, :40], expected)
 
 
 def test_images_without_segments_are_normal_input() -> None:
@@ -443,6 +618,7 @@ def test_files_name_no_class_so_that_the_pipeline_asks_nothing(tmp_path: Path) -
         "image_mean": tuple(written["image_mean"]),
         "image_std": tuple(written["image_std"]),
         "label_ids_to_fuse": (),
+        "size_buckets": (),
     }
 
 
@@ -503,6 +679,202 @@ def test_arguments_without_an_effect_are_refused(arguments: dict, message: str) 
         small()(image(8, 8), return_tensors="pt", **arguments)
 
 
+# Arguments of transformers
+
+GRADIENT = np.arange(0, 240, dtype=np.uint8).reshape(8, 10, 3)
+SCALED = torch.from_numpy(GRADIENT).permute(2, 0, 1) / 255
+NORMALISED = (SCALED - MEAN[:, None, None]) / STD[:, None, None]
+
+
+def raw_pixels(**arguments) -> Tensor:
+    """The pixels of `GRADIENT` after a call with some arguments; neither resized, scaled nor normalised unless they say so."""
+    fields = {"do_resize": False, "do_rescale": False, "do_normalize": False, "do_pad": False, **arguments}
+    values = MPFormerImageProcessor()(GRADIENT, return_tensors="pt", **fields).pixel_values[0]
+    of_constructor = MPFormerImageProcessor(**fields)(GRADIENT, return_tensors="pt").pixel_values[0]
+    assert torch.equal(values, of_constructor)  # a field and an argument are the same
+    return values
+
+
+def resized_by_pillow(resample: int) -> Tensor:
+    pixels = np.asarray(PIL.Image.fromarray(GRADIENT).resize((20, 16), resample))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float()
+
+
+def size_of_call(**arguments) -> tuple[int, ...]:
+    fields = {"do_pad": False, **arguments}
+    return tuple(MPFormerImageProcessor()(GRADIENT, return_tensors="pt", **fields).pixel_values.shape[-2:])
+
+
+class Uncounted(MPFormerImageProcessor):
+    """Counts how often it resizes."""
+
+    def resize(self, *arguments, **keywords) -> Tensor:
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().resize(*arguments, **keywords)
+
+
+def resizes(disable_grouping: bool | None) -> int:
+    processor = Uncounted(size=16)
+    processor([image(8, 10), image(8, 12), image(8, 10)], disable_grouping=disable_grouping, return_tensors="pt")
+    return processor.calls
+
+
+def labels_of_call(**arguments) -> list[int]:
+    values = np.arange(80).reshape(8, 10) % 4
+    return small()(GRADIENT, values, return_tensors="pt", **arguments).class_labels[0].tolist()
+
+
+def is_refused(reason: str, **arguments) -> bool:
+    for call in (
+        lambda: small()(GRADIENT, return_tensors="pt", **arguments),
+        lambda: MPFormerImageProcessor(**arguments),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            call()
+    return True
+
+
+# What an argument does, or why it is refused. Names are those of the signatures of transformers.
+EFFECTS = {
+    "images": lambda: small()([GRADIENT] * 2, return_tensors="pt").pixel_values.shape == (2, 3, 32, 32),
+    "segmentation_maps": lambda: labels_of_call() == [0, 1, 2, 3],
+    "instance_id_to_semantic_id": lambda: (
+        labels_of_call(instance_id_to_semantic_id={0: 7, 1: 7, 2: 5, 3: 1}) == [7, 7, 5, 1]
+    ),
+    "do_convert_rgb": lambda: (
+        small(image_mean=0.5, image_std=0.5)(
+            GRADIENT[..., :1], do_convert_rgb=False, return_tensors="pt"
+        ).pixel_values.shape
+        == (1, 1, 32, 32)
+        and small()(GRADIENT[..., :1], return_tensors="pt").pixel_values.shape == (1, 3, 32, 32)
+    ),
+    "do_resize": lambda: (size_of_call(do_resize=False), size_of_call(do_resize=True)) == ((8, 10), (800, 1000)),
+    "size": lambda: (size_of_call(size=[4, 6]), size_of_call(size={"shortest_edge": 16})) == ((4, 6), (16, 20)),
+    "default_to_square": lambda: (
+        (
+            size_of_call(size=16, default_to_square=True),
+            size_of_call(size=16, default_to_square=False),
+            size_of_call(size=16),
+        )
+        == ((16, 16), (16, 20), (16, 20))
+    ),
+    "resample": lambda: all(
+        (raw_pixels(do_resize=True, size=16, resample=resample) - resized_by_pillow(resample)).abs().max() <= 1
+        for resample in (0, 2, 3)
+    ),
+    "do_rescale": lambda: torch.allclose(raw_pixels(do_rescale=True), SCALED),
+    "rescale_factor": lambda: torch.allclose(raw_pixels(do_rescale=True, rescale_factor=0.5), SCALED * 127.5),
+    "do_normalize": lambda: torch.allclose(raw_pixels(do_rescale=True, do_normalize=True), NORMALISED, atol=1e-5),
+    "image_mean": lambda: torch.allclose(
+        raw_pixels(do_rescale=True, do_normalize=True, image_mean=[0.0, 0.5, 1.0], image_std=[1.0, 1.0, 1.0]),
+        SCALED - torch.tensor([0, 0.5, 1])[:, None, None],
+        atol=1e-5,
+    ),
+    "image_std": lambda: torch.allclose(
+        raw_pixels(do_rescale=True, do_normalize=True, image_mean=0.0, image_std=0.25), SCALED * 4, atol=1e-5
+    ),
+    "do_pad": lambda: size_of_call(do_resize=False, do_pad=True) == (32, 32),
+    "pad_size": lambda: size_of_call(do_resize=False, do_pad=True, pad_size={"height": 64, "width": 96}) == (64, 96),
+    "size_divisor": lambda: size_of_call(do_resize=False, do_pad=True, size_divisor=4) == (8, 12),
+    "ignore_index": lambda: labels_of_call(ignore_index=2) == [0, 1, 3],
+    "do_reduce_labels": lambda: labels_of_call(do_reduce_labels=True, ignore_index=255) == [0, 1, 2],
+    "num_labels": lambda: is_refused_for_labels(num_labels=3) and labels_of_call(num_labels=4) == [0, 1, 2, 3],
+    "input_data_format": lambda: (
+        size_of_call(do_resize=False, input_data_format="channels_last") == (8, 10)
+        # Eight channels of 10 x 3
+        and size_of_call(do_resize=False, input_data_format="channels_first", do_convert_rgb=False, do_normalize=False)
+        == (10, 3)
+        and is_refused("`input_data_format` must be", input_data_format="hwc")
+    ),
+    "data_format": lambda: (
+        is_refused("always channels first", data_format="channels_last")
+        and size_of_call(do_resize=False, data_format="channels_first") == (8, 10)
+    ),
+    "device": lambda: small()(GRADIENT, device="meta", do_normalize=False, return_tensors="pt").pixel_values.is_meta,
+    "return_tensors": lambda: (
+        isinstance(small()(GRADIENT, return_tensors="np").pixel_values, np.ndarray)
+        and isinstance(small()(GRADIENT).pixel_values, list)
+    ),
+    "disable_grouping": lambda: (resizes(False), resizes(True), resizes(None)) == (2, 3, 3),
+    "do_center_crop": lambda: is_refused("Cropping is not supported", do_center_crop=True, crop_size=4),
+    "crop_size": lambda: is_refused("Cropping is not supported", crop_size={"height": 4, "width": 4}),
+    "image_seq_length": lambda: is_refused("`image_seq_length` belongs to models of text", image_seq_length=7),
+}
+
+
+def is_refused_for_labels(**arguments) -> bool:
+    with pytest.raises(ValueError, match=r"class labels \[3\], expected 0 to 3 - 1"):
+        labels_of_call(**arguments)
+    return True
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_every_argument_of_transformers_has_its_effect_or_is_refused_with_a_reason(name: str) -> None:
+    assert EFFECTS[name]()
+
+
+def test_no_argument_of_transformers_is_forgotten() -> None:
+    of_call = set(inspect.signature(Mask2FormerImageProcessor.preprocess).parameters) - {"self", "kwargs"}
+    assert {*of_call, *Mask2FormerImageProcessor.valid_kwargs.__annotations__} <= set(EFFECTS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"size": {"shortest_edge": -5}}, r"`size` must hold integers of at least 1, got {'shortest_edge': -5}"),
+        ({"size": {"shortest_edge": 0, "longest_edge": 8}}, "`size` must hold integers of at least 1"),
+        ({"size": {"min_pixels": 64, "max_pixels": 128}}, "`size` must be a dict of `shortest_edge` and/or"),
+        ({"pad_size": {"height": -64, "width": 64}}, "`pad_size` must be a dict of `height` and `width`, at least 1"),
+        ({"pad_size": {"longest_edge": 64}}, "`pad_size` must be a dict of `height` and `width`, at least 1"),
+        ({"size_divisor": -32}, "`size_divisor` must be at least 0, got -32"),
+        ({"resample": 4}, r"`resample` must be one of 0 \(nearest\), 2 \(bilinear\), .*, got 4"),
+        ({"rescale_factor": 0.0}, "`rescale_factor` must be above 0, got 0.0"),
+        ({"image_std": [0.0, 1.0, 1.0]}, "`image_std` must be above 0"),
+        ({"image_mean": [123.675, 116.28, 103.53]}, "lies above 1, to which `rescale_factor` brings white"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_are_refused_at_construction_and_in_a_call(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MPFormerImageProcessor(**fields)
+    with pytest.raises(ValueError, match=message):
+        MPFormerImageProcessor()(image(8, 8), return_tensors="pt", **fields)
+
+
+def test_a_misspelt_argument_of_a_call_is_refused() -> None:
+    with pytest.raises(TypeError, match="do_resiz"):
+        small()(image(8, 8), do_resiz=False, return_tensors="pt")
+
+
+def test_none_takes_the_field_where_the_field_has_a_default() -> None:
+    processor = small(ignore_index=3, pad_size=64, size_divisor=16)
+    names = ["do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"]
+    names += ["do_pad", "size_divisor", "size_buckets", "do_reduce_labels", "do_convert_rgb"]
+    plain = processor(GRADIENT, return_tensors="pt").pixel_values
+    assert torch.equal(processor(GRADIENT, return_tensors="pt", **dict.fromkeys(names)).pixel_values, plain)
+    without = processor(GRADIENT, np.full((8, 10), 3), ignore_index=None, pad_size=None, return_tensors="pt")
+    assert without.class_labels[0].tolist() == [3]
+    assert without.pixel_values.shape == (1, 3, 16, 16)
+
+
+def test_pixels_are_float32_whatever_is_switched_off() -> None:
+    for dtype in (np.uint8, np.uint16, np.float16, np.float64, np.int64):
+        pixels = GRADIENT.astype(dtype) * (257 if dtype == np.uint16 else 1)
+        for switches in ({}, {"do_normalize": False}, {"do_normalize": False, "do_rescale": False}):
+            values = small(**switches)(pixels, return_tensors="pt").pixel_values
+            expected = {0: NORMALISED, 1: SCALED, 2: SCALED * 255}[len(switches)]
+            assert values.dtype == torch.float32
+            torch.testing.assert_close(values[0, :, :8, :10], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_images_of_one_size_processed_together_are_those_processed_one_by_one() -> None:
+    images = [image(20, 30), image(30, 20), 255 - image(20, 30), image(20, 30).astype(np.float32)]
+    processor = MPFormerImageProcessor(size=40)
+    together = processor(images, disable_grouping=False, return_tensors="pt").pixel_values
+    one_by_one = processor(images, disable_grouping=True, return_tensors="pt").pixel_values
+    assert torch.equal(together, one_by_one)
+
+
 # Post-processing
 
 HALVES = [((0, 40), 0), ((24, 64), 1)]  # columns and class of two objects that overlap by 16 columns
@@ -554,6 +926,17 @@ def test_coco_annotations_are_read_by_pycocotools() -> None:
     for rle, mask in zip(result["segmentation"], result["masks"], strict=True):
         assert rle["size"] == [128, 32]
         assert torch.equal(torch.from_numpy(pycocotools_mask.decode(rle)).bool(), mask)
+
+
+def test_polygons_filled_again_are_the_masks() -> None:
+    outputs = two_objects()
+    processor = MPFormerImageProcessor(overlap_mask_area_threshold=0)
+    (result,) = processor.post_process_instance_segmentation(outputs, target_sizes=[(128, 32)], return_polygons=True)
+    assert len(result["polygons"]) == len(result["masks"]) == 2
+    for polygons, mask in zip(result["polygons"], result["masks"], strict=True):
+        assert mask.any()
+        assert torch.equal(rasterize_polygons(polygons, 128, 32), mask)
+    assert "polygons" not in processor.post_process_instance_segmentation(outputs)[0]
 
 
 def test_binary_maps_are_the_masks() -> None:

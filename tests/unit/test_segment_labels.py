@@ -119,12 +119,64 @@ def test_an_id_without_a_class_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        (5, "its `instance_id_to_semantic_id` must be a dict of the class of each segment id, got int"),
+        (
+            {"1": 2},
+            r"holds the segment ids \[1\], which .* does not know \(it has \['1'\]\). Add their classes as integers",
+        ),
+        ({1: 2.7}, "the class of its segment id 1 must be an integer, got 2.7"),
+        ({1: None}, "the class of its segment id 1 must be an integer, got None"),
+        ({1: "2"}, "the class of its segment id 1 must be an integer, got '2'"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("do_reduce_labels", [False, True])
+def test_a_mapping_of_ids_that_is_none_is_refused(mapping, message: str, do_reduce_labels: bool) -> None:
+    with pytest.raises(ValueError, match=message):
+        segments_from_map(
+            striped([1]), SIZE, SIZE, instance_id_to_semantic_id=mapping, do_reduce_labels=do_reduce_labels
+        )
+
+
+def test_a_negative_class_is_no_background_when_reducing() -> None:
+    segments = segments_from_map(striped([1]), SIZE, SIZE, instance_id_to_semantic_id={1: -3}, do_reduce_labels=True)
+    assert segments.class_labels.tolist() == [-4]  # the processor refuses it
+
+
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint8, torch.tensor])
+def test_classes_may_be_integers_of_any_kind(kind) -> None:
+    segments = segments_from_map(striped([1]), SIZE, SIZE, instance_id_to_semantic_id={1: kind(2)})
+    assert segments.class_labels.tolist() == [2]
+
+
+@pytest.mark.parametrize("dtype", [">u2", ">i4", ">f8", "<u4", "u8"])
+def test_maps_of_every_byte_order_and_width_are_read(dtype: str) -> None:
+    assert by_class(segments_from_map(striped([3, 300, 65535]).astype(dtype), SIZE, SIZE)) == {
+        3: [0],
+        300: [1],
+        65535: list(range(2, 10)),
+    }
+
+
+def test_a_flipped_map_is_read_as_it_looks() -> None:
+    assert by_class(segments_from_map(striped([1, 2])[:, ::-1], SIZE, SIZE)) == {1: [9], 2: list(range(9))}
+
+
+@pytest.mark.parametrize(
     ("segmentation_map", "message"),
     [
         (np.zeros((8, 10, 3), dtype=np.uint8), r"must have the shape \(height, width\), got \(8, 10, 3\)"),
         (np.zeros(10), r"must have the shape \(height, width\), got \(10,\)"),
         (np.zeros((8, 11), dtype=np.uint8), "map is 8 x 11, but the image is 8 x 10"),
         (np.full(SIZE, 0.5), "must hold integers"),
+        (np.full(SIZE, np.nan), "values that are not finite"),
+        (np.full(SIZE, np.inf), "values that are not finite"),
+        (torch.full(SIZE, float("-inf")), "values that are not finite"),
+        (np.full(SIZE, "a"), "expected an array of numbers, got the type <U1"),
+        (np.zeros(SIZE, dtype=complex), "expected an array of numbers, got the type complex128"),
+        (torch.zeros(SIZE, dtype=torch.complex64), "expected real numbers, got the type torch.complex64"),
     ],
 )
 def test_maps_that_do_not_fit_are_refused(segmentation_map: np.ndarray, message: str) -> None:
@@ -132,9 +184,15 @@ def test_maps_that_do_not_fit_are_refused(segmentation_map: np.ndarray, message:
         segments_from_map(segmentation_map, SIZE, SIZE)
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 10), (8, 10, 1)])
+@pytest.mark.parametrize("shape", [(1, 8, 10), (8, 10, 1), (1, 1, 8, 10)])
 def test_an_axis_of_length_one_is_no_obstacle(shape: tuple[int, ...]) -> None:
     assert by_class(segments_from_map(striped([2]).reshape(shape), SIZE, SIZE)) == {2: list(range(10))}
+
+
+@pytest.mark.parametrize("size", [(1, 7), (7, 1), (1, 1)])
+def test_an_axis_of_length_one_may_be_that_of_a_narrow_image(size: tuple[int, int]) -> None:
+    for shape in (size, (1, *size), (*size, 1)):
+        assert segments_from_map(np.full(shape, 2), size, size).masks.shape == (1, *size)
 
 
 # Masks
@@ -155,9 +213,18 @@ def test_overlapping_masks_stay_as_they_are(dtype: torch.dtype) -> None:
     assert segments.class_labels.tolist() == [1, 1, 0]
 
 
-def test_soft_masks_stay_soft() -> None:
-    segments = segments_from_masks(overlapping() * 0.3, [1, 1, 0], SIZE, SIZE)
-    torch.testing.assert_close(segments.masks, overlapping() * 0.3)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_soft_masks_stay_soft_as_float32(dtype: torch.dtype) -> None:
+    soft = (overlapping() * 0.3).to(dtype)
+    segments = segments_from_masks(soft, [1, 1, 0], SIZE, SIZE)
+    assert segments.masks.dtype == torch.float32
+    assert torch.equal(segments.masks, soft.float())
+
+
+def test_a_soft_mask_among_hard_ones_keeps_its_shares() -> None:
+    masks = overlapping()
+    segments = segments_from_masks([masks[0].bool(), masks[1] * 0.3, masks[2].to(torch.uint8)], [1, 1, 0], SIZE, SIZE)
+    torch.testing.assert_close(segments.masks, masks * torch.tensor([1, 0.3, 1])[:, None, None])
 
 
 @pytest.mark.parametrize("as_list", [list, tuple, lambda masks: [mask.numpy() for mask in masks]])
@@ -194,6 +261,17 @@ def test_segments_that_vanish_when_resized_are_dropped_with_their_class() -> Non
         (torch.full((1, 8, 10), float("nan")), [1], "got values from nan"),
         (torch.ones(1, 8, 10), [0.5], "class labels must be integers"),
         (torch.ones(1, 8, 10), [[1]], r"of shape \(segments,\), got torch.int64 of shape \(1, 1\)"),
+        (torch.ones(1, 8, 10), [True], "class labels must be integers of shape .*, got torch.bool"),
+        (torch.ones(1, 8, 10), ["cat"], "class labels must be integers of shape .*numbers, got the type <U3"),
+        (torch.ones(1, 8, 10), [None], "class labels must be integers of shape .*numbers, got the type object"),
+        (torch.ones(1, 8, 10), [[1], [1, 2]], "class labels must be integers of shape"),
+        (torch.ones(1, 8, 10), 5, r"got torch.int64 of shape \(\)"),
+        (None, [1], "its masks must be an array .* or a list of masks, got NoneType"),
+        ("mask.png", [1], "its masks must be an array .* or a list of masks, got str"),
+        ([np.ones((8, 10)), np.ones((8, 9))], [1, 1], r"masks have different shapes \(\[\(8, 9\), \(8, 10\)\]\)"),
+        ([None], [1], "expected an array of numbers, got the type object"),
+        (np.ones((1, 8, 10), dtype=complex), [1], "expected an array of numbers, got the type complex128"),
+        (torch.full((1, 8, 10), 2, dtype=torch.int64), [1], "values from 2 to 2"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(masks, labels, message: str) -> None:
@@ -209,6 +287,8 @@ def test_resizing_picks_the_pixels_of_torch(size: tuple[int, int]) -> None:
 
 
 # COCO
+
+TRIANGLE = [[0, 0, 5, 0, 5, 5]]
 
 
 def test_coco_instances_are_read_from_polygons_and_run_lengths() -> None:
@@ -237,11 +317,62 @@ def test_crowds_are_dropped() -> None:
         ({"category_id": 1}, r"annotation 0 lacks \['segmentation'\]"),
         ({"category_id": 1, "segmentation": [[1, 2, 3, 4]]}, "annotation 0: A polygon needs at least three corners"),
         ({"category_id": 1, "segmentation": {"size": [9, 10], "counts": [90]}}, "9 x 10, but the image has 8 x 10"),
+        ({"category_id": 1, "segmentation": {"size": [8], "counts": [80]}}, "an image of 8, but the image has 8 x 10"),
+        ({"category_id": 1, "segmentation": {"size": [8, 10], "counts": [79]}}, "annotation 0: .*add up to 80"),
+        ({"category_id": 1, "segmentation": {"counts": [80]}}, "annotation 0: Expected run lengths as a dict with"),
+        ({"category_id": 1, "segmentation": []}, "annotation 0: `segmentation` is empty.* Give it a mask, or leave it"),
+        (
+            {"category_id": 1, "segmentation": None},
+            "`segmentation` must be a list of polygons, or run lengths, got None",
+        ),
+        (
+            {"category_id": 1, "segmentation": [0, 0, 5, 0, 5, 5]},
+            "annotation 0: A polygon needs at least three corners",
+        ),
+        ({"category_id": 1, "segmentation": [["a"] * 6]}, "annotation 0: "),
+        (
+            {"category_id": 1.7, "segmentation": TRIANGLE},
+            "`category_id` of its annotation 0 must be an integer, got 1.7",
+        ),
+        (
+            {"category_id": "1", "segmentation": TRIANGLE},
+            "`category_id` of its annotation 0 must be an integer, got '1'",
+        ),
+        ({"category_id": None, "segmentation": TRIANGLE}, "`category_id` .* must be an integer, got None"),
+        (None, r"its annotations\[0\] must be a dict, got NoneType"),
+        ("a", r"its annotations\[0\] must be a dict, got str"),
     ],
+    ids=str,
 )
 def test_coco_instances_that_do_not_fit_are_refused(instance: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         segments_from_coco_instances([instance], SIZE, SIZE)
+
+
+@pytest.mark.parametrize("instances", [None, 5, "instances.json", {"category_id": 1}])
+def test_annotations_that_are_no_list_are_refused(instances) -> None:
+    with pytest.raises(ValueError, match=r"its annotations must be a list of dicts, got .* must be read before"):
+        segments_from_coco_instances(instances, SIZE, SIZE)
+
+
+def test_the_place_of_a_bad_annotation_is_counted_with_the_crowds() -> None:
+    good = {"category_id": 3, "segmentation": TRIANGLE}
+    with pytest.raises(ValueError, match="its annotation 2 lacks"):
+        segments_from_coco_instances([{"iscrowd": 1}, good, {"category_id": 1}], SIZE, SIZE)
+
+
+def test_run_lengths_of_another_size_are_refused_before_they_are_decoded() -> None:
+    huge = {"category_id": 1, "segmentation": {"size": [10**6, 10**6], "counts": [10**12]}}  # a terabyte
+    with pytest.raises(ValueError, match="belong to an image of 1000000 x 1000000"):
+        segments_from_coco_instances([huge], SIZE, SIZE)
+
+
+def test_a_mask_without_a_pixel_is_dropped_with_its_class() -> None:
+    instances = [
+        {"category_id": 3, "segmentation": {"size": [8, 10], "counts": [80]}},
+        {"category_id": 1, "segmentation": TRIANGLE},
+    ]
+    assert segments_from_coco_instances(instances, SIZE, SIZE).class_labels.tolist() == [1]
 
 
 def colours(ids: np.ndarray) -> np.ndarray:
@@ -266,6 +397,36 @@ def test_a_panoptic_map_of_another_image_is_refused() -> None:
         segments_from_coco_panoptic(striped([1, 2]), [{"id": 7, "category_id": 1}], SIZE, SIZE)
 
 
-def test_a_panoptic_segment_without_a_class_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"segments_info\[0\] lacks \['category_id'\]"):
-        segments_from_coco_panoptic(striped([1, 2]), [{"id": 1}], SIZE, SIZE)
+@pytest.mark.parametrize(
+    ("segments_info", "message"),
+    [
+        ([{"id": 1}], r"segments_info\[0\] lacks \['category_id'\]"),
+        ([{"category_id": 1}], r"segments_info\[0\] lacks \['id'\]"),
+        ([{"id": "1", "category_id": 1}], r"`id` of its segments_info\[0\] must be an integer, got '1'"),
+        ([{"id": 1, "category_id": 0.5}], r"`category_id` of its segments_info\[0\] must be an integer, got 0.5"),
+        (
+            [{"id": 1, "category_id": 0}, {"id": 1, "category_id": 3}],
+            r"segments_info\[1\] has the id 1 of another segment",
+        ),
+        (
+            [{"id": 1, "category_id": 0, "iscrowd": 1}, {"id": 1, "category_id": 3}],
+            r"segments_info\[1\] has the id 1 of another segment",
+        ),
+        ([None], r"its segments_info\[0\] must be a dict, got NoneType"),
+        (5, "its segments_info must be a list of dicts, got int"),
+    ],
+    ids=str,
+)
+def test_panoptic_segments_that_do_not_fit_are_refused(segments_info, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        segments_from_coco_panoptic(striped([1, 2]), segments_info, SIZE, SIZE)
+
+
+def test_a_panoptic_map_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match="its panoptic map is 8 x 10, but the image is 8 x 11"):
+        segments_from_coco_panoptic(colours(striped([1])), [{"id": 1, "category_id": 1}], (8, 11), (8, 11))
+
+
+def test_a_panoptic_annotation_of_crowds_alone_has_no_segments() -> None:
+    crowds = [{"id": 1, "category_id": 1, "iscrowd": 1}]
+    assert segments_from_coco_panoptic(striped([1]), crowds, SIZE, SIZE).masks.shape == (0, *SIZE)
