@@ -431,6 +431,20 @@ def test_boxes_are_tight_and_zero_for_empty_masks() -> None:
     assert mask_boxes(masks).tolist() == [[3, 2, 9, 5], [11, 9, 12, 10], [0, 0, 0, 0]]
 
 
+def test_a_mask_that_resizing_empties_has_no_box_and_is_dropped_with_a_threshold_of_zero() -> None:
+    masks = perfect_masks([(16.0, 16.0, 80.0, 48.0)] * 2, PADDED)
+    masks[0, 1] = -100.0
+    masks[0, 1, 8, 12] = 0.01  # one cell; its pixels are means with its neighbours
+    (everything,), (dropped,) = (
+        instance_segmentation(confident_classes([0, 1]), masks, top_k=2, score_threshold=threshold)
+        for threshold in (None, 0.0)
+    )
+    assert everything.labels.tolist() == [0, 1]
+    assert not everything.masks[1].any()
+    assert everything.boxes.tolist() == [[16, 16, 80, 48], [0, 0, 0, 0]]
+    assert dropped.labels.tolist() == [0]
+
+
 def test_inputs_are_left_untouched() -> None:
     classes, masks = random_logits()
     copies = classes.clone(), masks.clone()
