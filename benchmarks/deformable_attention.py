@@ -11,7 +11,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from benchmarks.model_speed import measure_added_memory
+from benchmarks.measuring import measure_added_memory, measure_times
 from mpformer_hf.deformable_attention import cell_centres
 from mpformer_hf.ops.backends import Backend, backends
 
@@ -108,32 +107,16 @@ def usable_backends(device: str) -> dict[str, Backend]:
     return {backend.name: backend for backend in backends() if backend.explain_absence(torch.device(device)) is None}
 
 
-def measure_interleaved(runs: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
+def measure_milliseconds(runs: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, float]:
     """Least milliseconds of each."""
-    for run in runs.values():  # warm up
-        run()
-    best = dict.fromkeys(runs, float("inf"))
-    for _ in range(repeats):
-        for name, run in runs.items():
-            synchronise(device)
-            start = time.perf_counter()
-            run()
-            synchronise(device)
-            best[name] = min(best[name], 1e3 * (time.perf_counter() - start))
-    return best
-
-
-def synchronise(device: str) -> None:
-    """Wait for the GPU, where there is one."""
-    if device != "cpu":
-        torch.cuda.synchronize()
+    return {name: 1e3 * seconds["min"] for name, seconds in measure_times(runs, repeats, device).items()}
 
 
 def measure_copy(device: str, repeats: int) -> float:
     """Bytes a second that copying reads and writes together, into memory that is there already."""
     source = torch.ones(COPY_BYTES // 4, device=device)
     target = torch.zeros_like(source)
-    milliseconds = measure_interleaved({"copy": lambda: target.copy_(source)}, max(repeats, 5), device)["copy"]
+    milliseconds = measure_milliseconds({"copy": lambda: target.copy_(source)}, max(repeats, 5), device)["copy"]
     return 2 * COPY_BYTES / (milliseconds / 1e3)
 
 
@@ -155,8 +138,8 @@ def run_child(case: Case, name: str) -> None:
 def measure_case(case: Case, repeats: int, bytes_a_second: float, threads: int) -> dict[str, object]:
     """Times and memory of all backends, and the bound."""
     found, inputs = usable_backends(case.device), draw_inputs(case)
-    forward = measure_interleaved({name: run_forward(it, inputs) for name, it in found.items()}, repeats, case.device)
-    both = measure_interleaved({name: run_both(it, inputs) for name, it in found.items()}, repeats, case.device)
+    forward = measure_milliseconds({name: run_forward(it, inputs) for name, it in found.items()}, repeats, case.device)
+    both = measure_milliseconds({name: run_both(it, inputs) for name, it in found.items()}, repeats, case.device)
     memory = {name: measure_memory(case, name, threads) for name in found}
     bound = {
         "forward ms": 1e3 * inputs.forward_bytes() / bytes_a_second,

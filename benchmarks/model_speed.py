@@ -13,10 +13,8 @@ Measured:
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
-from benchmarks.memory import measure_added_memory
+from benchmarks.measuring import measure_added_memory, measure_times
 from mpformer_hf import MPFormerConfig, MPFormerForUniversalSegmentation
 from mpformer_hf.deformable_attention import MultiScaleDeformableAttention
 
@@ -203,26 +201,10 @@ TASKS = {"inference": make_inference, "training": make_training, "decoder": make
 # --------------------------------------------------------------------------------------------------------------- measuring
 
 
-def measure_times(task: str, models: tuple[str, ...], setting: Setting, repeats: int) -> dict[str, dict[str, float]]:
+def measure_models(task: str, models: tuple[str, ...], setting: Setting, repeats: int) -> dict[str, dict[str, float]]:
     """Seconds of each model, interleaved; minimum and median."""
     runs = {name: TASKS[task](name, setting) for name in models}
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    for run in runs.values():  # warm up
-        run()
-    for _ in tqdm(range(repeats), desc=task, leave=False):
-        for name, run in runs.items():
-            synchronise(setting)
-            start = time.perf_counter()
-            run()
-            synchronise(setting)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: {"min": min(times), "median": statistics.median(times)} for name, times in seconds.items()}
-
-
-def synchronise(setting: Setting) -> None:
-    """Wait for the GPU, where there is one."""
-    if setting.device != "cpu":
-        torch.cuda.synchronize()
+    return measure_times(runs, repeats, setting.device, task)
 
 
 def measure_memory(task: str, name: str, setting: Setting) -> float:
@@ -246,8 +228,8 @@ def measure(setting: Setting, repeats: int, decoder_segments: int) -> dict[str, 
     pair = ("transformers", "mpformer", BOUND)
     dense = Setting(**{**asdict(setting), "num_segments": decoder_segments})
     times = {
-        "inference": measure_times("inference", pair, setting, repeats),
-        "training": measure_times("training", MODELS, setting, repeats),
+        "inference": measure_models("inference", pair, setting, repeats),
+        "training": measure_models("training", MODELS, setting, repeats),
     }
     memory = {
         "training": {name: measure_memory("training", name, dense) for name in tqdm(MODELS, desc="memory")},

@@ -13,10 +13,8 @@ peak resident set of a child process of its own (on a GPU: what torch allocates)
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Mask2FormerImageProcessor
 
-from benchmarks.memory import measure_added_memory
+from benchmarks.measuring import measure_added_memory, measure_times
 from mpformer_hf import MPFormerImageProcessor
 from tests import plain_post_processing as plain
 
@@ -93,28 +91,6 @@ def make_plain_run(task: str, classes: Tensor, masks: Tensor, threshold: float) 
     return lambda: plain.semantic_scores(classes, masks, VALID, TARGET).argmax(0)
 
 
-def measure_times(task: str, case: Case, repeats: int, device: str) -> dict[str, dict[str, float]]:
-    """Seconds of each contender, interleaved; minimum and median."""
-    runs = {name: make_run(name, task, case, device) for name in CONTENDERS}
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():  # warm up
-        run()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            synchronise(device)
-            start = time.perf_counter()
-            run()
-            synchronise(device)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: {"min": min(times), "median": statistics.median(times)} for name, times in seconds.items()}
-
-
-def synchronise(device: str) -> None:
-    """Wait for the GPU, where there is one."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
 def measure_memory(contender: str, task: str, case: Case, threads: int, device: str) -> float:
     """MiB that one run adds at its peak, in a process of its own."""
     arguments = ["--child", contender, task, json.dumps(asdict(case)), "--threads", str(threads), "--device", device]
@@ -129,7 +105,8 @@ def measure(repeats: int, threads: int, device: str) -> list[dict[str, Any]]:
     with tqdm(total=len(CASES) * len(TASKS)) as progress:
         for name, case in CASES.items():
             for task in TASKS:
-                seconds = measure_times(task, case, repeats, device)
+                runs = {one: make_run(one, task, case, device) for one in CONTENDERS}
+                seconds = measure_times(runs, repeats, device)
                 memory = {one: measure_memory(one, task, case, threads, device) for one in CONTENDERS}
                 best = {one: times["min"] for one, times in seconds.items()}
                 rows.append(

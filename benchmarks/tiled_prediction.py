@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from benchmarks.memory import measure_added_memory
+from benchmarks.measuring import measure_added_memory
 from mpformer_hf import MPFormerImageProcessor
 from mpformer_hf.tiled_prediction import make_tiles, tiled_instance_segmentation, tiled_panoptic_segmentation
 

@@ -1,10 +1,37 @@
-"""Peak memory that a run adds to a process."""
+"""Time of several runs side by side, and peak memory that a run adds to a process."""
 
 import ctypes
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm.auto import tqdm
+
+
+def measure_times(
+    runs: dict[str, Callable[[], Any]], repeats: int, device: str, description: str | None = None
+) -> dict[str, dict[str, float]]:
+    """Seconds of each run, interleaved after one run of each to warm up: minimum and median."""
+    for run in runs.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(repeats), desc=description, leave=False, disable=description is None):
+        for name, run in runs.items():
+            synchronise(device)
+            start = time.perf_counter()
+            run()
+            synchronise(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: {"min": min(times), "median": statistics.median(times)} for name, times in seconds.items()}
+
+
+def synchronise(device: str) -> None:
+    """Wait for the GPU, where there is one."""
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def measure_added_memory(run: Callable[[], None], device: str) -> float:
