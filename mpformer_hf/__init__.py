@@ -1,9 +1,12 @@
 """MP-Former (CVPR 2023) for transformers: mask-piloted training of Mask2Former, and post-processing that can be trusted.
 
-Importing the package registers its classes with transformers' Auto classes and its operator with torch; nothing is compiled,
-downloaded or run.
+Importing the package registers its classes with transformers' Auto classes and its operator with torch, and gives pushed models
+their card; nothing is compiled, downloaded or run.
 """
 
+from pathlib import Path
+
+from huggingface_hub import ModelCard
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -27,6 +30,23 @@ AutoModel.register(MPFormerConfig, MPFormerModel, exist_ok=True)
 AutoModelForUniversalSegmentation.register(MPFormerConfig, MPFormerForUniversalSegmentation, exist_ok=True)
 AutoModelForImageSegmentation.register(MPFormerConfig, MPFormerForUniversalSegmentation, exist_ok=True)
 AutoImageProcessor.register(MPFormerConfig, fast_image_processor_class=MPFormerImageProcessor, exist_ok=True)
+
+
+def _write_card(model: MPFormerForUniversalSegmentation, folder: Path, repository_has_card: bool) -> None:
+    """Write the README.md of a folder that is to be pushed; a person's, which transformers has fetched, stays."""
+    from .model_card import card_for_model, is_by_a_person  # noqa: PLC0415 - only who pushes a model needs it
+
+    file = folder / "README.md"
+    fetched_or_default = file.read_text(encoding="utf-8")
+    if repository_has_card and is_by_a_person(fetched_or_default):
+        return
+    card = ModelCard(card_for_model(model))
+    asked_for = ModelCard(fetched_or_default).data.get("tags") or []
+    card.data["tags"] += [tag for tag in asked_for if tag not in card.data["tags"]]
+    file.write_text(str(card), encoding="utf-8", newline="\n")
+
+
+MPFormerForUniversalSegmentation.write_card = _write_card
 
 __all__ = [
     "MPFormerConfig",

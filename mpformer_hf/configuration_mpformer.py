@@ -5,12 +5,15 @@ those of MP-Former (arXiv 2303.07336, section 3).
 """
 
 import os
+import shutil
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import consolidate_backbone_kwargs_to_config
+from transformers.dynamic_module_utils import get_relative_import_files
 
 PILOT_MASK_NOISES = ("point", "shift", "scale", "shift_scale", "none")
 FEATURE_STRIDES = (4, 8, 16, 32)
@@ -21,6 +24,17 @@ FIELDS_FOR_COMPATIBILITY = frozenset({"ignore_value", "init_std"})
 
 # Ways in which older transformers code names a pretrained backbone. Dropping them silently would train a random one.
 LEGACY_BACKBONE_ARGUMENTS = ("backbone", "use_pretrained_backbone", "backbone_kwargs")
+
+# What `trust_remote_code=True` loads from a saved folder for people without this package: file and class, beside config.json.
+# `pipeline` takes the class for image segmentation, never the one for universal segmentation. The image processor stands
+# here and not in preprocessor_config.json, where it would make `pipeline` ask people who have this package a question.
+AUTO_MAP = {
+    "AutoConfig": "configuration_mpformer.MPFormerConfig",
+    "AutoModel": "modeling_mpformer.MPFormerModel",
+    "AutoModelForUniversalSegmentation": "modeling_mpformer.MPFormerForUniversalSegmentation",
+    "AutoModelForImageSegmentation": "modeling_mpformer.MPFormerForUniversalSegmentation",
+    "AutoImageProcessor": "image_processing_mpformer.MPFormerImageProcessor",
+}
 
 
 @strict
@@ -89,6 +103,7 @@ class MPFormerConfig(PreTrainedConfig):
     """
 
     model_type = "mpformer"
+    _auto_class = "AutoConfig"  # `save_pretrained` copies this file
     # `sub_configs_defaults` does not exist before transformers 5.18; this form works in all supported versions.
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012 - transformers reads it from the class
     attribute_map = {"hidden_size": "hidden_dim", "num_hidden_layers": "decoder_layers"}  # noqa: RUF012
@@ -290,6 +305,19 @@ class MPFormerConfig(PreTrainedConfig):
             config_dict = {**config_dict, "model_type": cls.model_type}
         return config_dict, kwargs
 
+    def to_dict(self) -> dict[str, Any]:
+        """Serialise all fields, with the classes that load a saved folder, and without the names of folders of this machine."""
+        config_dict = super().to_dict()
+        # Classes that others have registered stay; references to the code of another repository ("repository--file.class") do
+        # not: a folder is saved together with the code that wrote it.
+        registered = config_dict.get("auto_map") or {}
+        kept = {name: reference for name, reference in registered.items() if "--" not in reference}
+        config_dict["auto_map"] = AUTO_MAP | kept
+        for part in (config_dict, config_dict.get("backbone_config")):
+            if isinstance(part, dict):
+                part.pop("_name_or_path", None)
+        return config_dict
+
     def to_diff_dict(self) -> dict[str, Any]:
         """Serialise what differs from the defaults; the label names always, also when there are two."""
         config_dict = super().to_diff_dict()
@@ -297,6 +325,30 @@ class MPFormerConfig(PreTrainedConfig):
         config_dict["id2label"] = full.get("id2label", self.id2label)
         config_dict["label2id"] = full.get("label2id", self.label2id)
         return config_dict
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Save the config, and the code that loads it for people without this package; models are saved through this too.
+
+        Args:
+            save_directory: folder, made if it does not exist.
+            push_to_hub: upload it too; `push_to_hub()` is the better way.
+            **kwargs: see transformers.
+        """
+        super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
+        copy_code(save_directory)
+
+
+def copy_code(folder: str | os.PathLike) -> None:
+    """Copy the files that `AUTO_MAP` names, and all that they import, into a saved folder.
+
+    All of them whatever is saved: models and image processors share files, so a folder must not mix those of two versions.
+    People without this package have only the files of what they have loaded; the others are in their folder, or not needed.
+    """
+    for module in sorted({reference.partition(".")[0] for reference in AUTO_MAP.values()}):
+        entry = Path(__file__).with_name(f"{module}.py")
+        if entry.is_file():
+            for file in (entry, *map(Path, get_relative_import_files(entry))):
+                shutil.copyfile(file, Path(folder, file.name))
 
 
 def edit_distance_at_most_two(first: str, second: str) -> bool:

@@ -34,6 +34,7 @@ from transformers.utils import logging
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.utils.generic import TensorType
 
+from .configuration_mpformer import copy_code
 from .image_reading import (
     FILE_TYPES,
     LARGEST_SCALED,
@@ -170,6 +171,7 @@ class MPFormerImageProcessor(TorchvisionBackend):
     """
 
     valid_kwargs = MPFormerImageProcessorKwargs
+    _auto_class = "AutoImageProcessor"  # `save_pretrained` copies this file and those that it imports
     model_input_names = ["pixel_values", "pixel_mask"]  # noqa: RUF012 - transformers reads it from the class
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
@@ -212,6 +214,21 @@ class MPFormerImageProcessor(TorchvisionBackend):
         for name in ("auto_map", "image_processor_type"):
             fields.pop(name, None)
         return fields
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs: Any) -> list[str]:
+        """Save the fields, and the code that reads them for people without this package.
+
+        Args:
+            save_directory: folder, made if it does not exist; the model's, whose `config.json` names this class.
+            push_to_hub: upload it too; `push_to_hub()` is the better way.
+            **kwargs: see transformers.
+
+        Returns:
+            The files of fields.
+        """
+        files = super().save_pretrained(os.fspath(save_directory), push_to_hub=push_to_hub, **kwargs)
+        copy_code(save_directory)
+        return files
 
     def preprocess(
         self,

@@ -16,11 +16,14 @@ Axes: B images, H W padded size, Q learnable queries, P pilot slots, N = P + Q, 
 """
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -140,6 +143,15 @@ class MPFormerPreTrainedModel(KernelFallback, PreTrainedModel):
     # Files of Mask2Former have no label embedding, older ones no class weights; a file with one loads without piloting.
     _keys_to_ignore_on_load_missing = [r"pilot_label_embedder\.weight", r"criterion\.empty_weight"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"pilot_label_embedder\.weight"]  # noqa: RUF012
+    # Writes the README.md of a folder that is to be pushed; `True` says that the repository has one already. The package sets
+    # it; people who have only this file, from the Hub, push transformers' card.
+    write_card: ClassVar[Callable[[Any, Path, bool], None] | None] = None
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers' type
+        """Write the model's card in the place of transformers' default; it goes into the same commit as the weights."""
+        if self.write_card is not None:
+            self.write_card(Path(working_dir), HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token")))
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -459,6 +471,8 @@ class PixelLevelModule(nn.Module):
         if backbone_config._attn_implementation == "sdpa":  # noqa: SLF001 - the only name transformers has for it
             # Convolutional backbones refuse it; left to themselves, all others choose it.
             backbone_config._attn_implementation = None  # noqa: SLF001
+        if backbone_config.model_type == "timm_backbone" and is_timm_available():
+            backbone_config.backbone = name_timm_architecture(backbone_config.backbone)
         try:
             self.encoder = AutoBackbone.from_config(backbone_config)
         except ValueError as error:
@@ -702,6 +716,34 @@ def _load_timm_backbone(name: str) -> PreTrainedModel:
     pretrained = timm.create_model(name, pretrained=True, features_only=True, out_indices=indices)
     backbone._backbone.load_state_dict(pretrained.state_dict())  # noqa: SLF001 - the only name transformers has for it
     return backbone
+
+
+def name_timm_architecture(name: str) -> str:
+    """The name in timm's registry of a model in a folder (`local-dir:`) or a repository (`hf-hub:`); other names stay.
+
+    A saved model has the weights itself: to be loaded, it must need neither that folder, which other machines have not, nor that
+    repository.
+
+    Raises:
+        ValueError: the folder's arguments make another network than the architecture's name alone.
+    """
+    if not name or ":" not in name:
+        return name
+    with torch.device("meta"):
+        model = timm.create_model(name, features_only=True)
+        architecture = str(model.pretrained_cfg["architecture"])  # type: ignore[index] # torch types it as a tensor
+        plain = timm.create_model(architecture, features_only=True)
+    if repr(plain) != repr(model) or measure_parameters(plain) != measure_parameters(model):
+        raise ValueError(
+            f"`{name}` is a timm {architecture} with arguments of its own (`model_args` of its config.json), which a "
+            "saved config cannot express. Choose a model that its architecture's name describes, or a backbone of transformers."
+        )
+    return architecture
+
+
+def measure_parameters(module: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of all parameters and buffers that are saved."""
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def check_strides(backbone: nn.Module, name: str) -> None:

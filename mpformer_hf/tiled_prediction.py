@@ -77,7 +77,7 @@ def tiled_instance_segmentation(
 
     Args:
         model: in evaluation mode; takes what `processor` returns as keywords, and returns `class_queries_logits`,
-            `masks_queries_logits` and perhaps `image_sizes`. MP-Former, and transformers' Mask2Former and MaskFormer.
+            `masks_queries_logits` and perhaps `image_sizes`: MP-Former, and transformers' Mask2Former, MaskFormer and EoMT.
         processor: an image processor; fields that it lacks have the defaults of `MPFormerImageProcessor`.
         image: one image; PIL, numpy or torch, as for the processor. EXIF rotation is not applied.
         tile_size: height and width of a tile, in pixels of the image (the processor resizes it for the model).

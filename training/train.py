@@ -1,6 +1,6 @@
 """Train a model as a recipe says: `python -m training.train RECIPE [--NAME VALUE ...]`, or with `accelerate launch`.
 
-    recipe ── data set, model, processor ── steps ── folder with model and processor ── scores, in the same folder
+    recipe ── data set, model, processor ── steps ── folder with model, processor and card ── scores, in the same folder
 
 `train` is the story; the parts follow in the order in which it needs them. The folder appears when it is complete: a run
 that is stopped, or fails, leaves what was there before.
@@ -36,6 +36,9 @@ from tqdm.auto import tqdm
 
 import mpformer_hf
 from mpformer_hf import MPFormerConfig, MPFormerForUniversalSegmentation, MPFormerImageProcessor
+from mpformer_hf.model_card import attach_card, is_by_a_person, training_card
+from mpformer_hf.model_facts import TrainingRecord
+from mpformer_hf.model_inspection import CARD_FILE
 from training.arguments import RecipeError, TrainingArguments, parse_arguments
 from training.data import SegmentationDataset, SegmentationRow, load_segmentation_dataset
 from training.evaluation import GROUPS, evaluate_panoptic, format_scores, leave_stopping_to_parent
@@ -74,6 +77,8 @@ def train(arguments: TrainingArguments) -> dict[str, Any] | None:
     if run.accelerator.is_main_process:
         with complete_or_nothing(output_dir) as folder:
             run.save(folder)
+            keep_card_of_person(output_dir, folder)
+            run.write_card(folder, seconds)
     run.accelerator.wait_for_everyone()
     run.accelerator.print(f"The model is in {output_dir}.")
     if not arguments.evaluate:
@@ -88,6 +93,7 @@ def train(arguments: TrainingArguments) -> dict[str, Any] | None:
     results = summarise(run, scores, seconds)
     if run.accelerator.is_main_process:
         write_text(output_dir / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+        run.write_card(output_dir, seconds, scores)
     return results
 
 
@@ -176,6 +182,14 @@ class TrainingRun:
         self.arguments.save(folder / RECIPE_FILE)
         (folder / LOG_FILE).write_text("".join(f"{json.dumps(line)}\n" for line in self.log), encoding="utf-8")
 
+    def write_card(self, folder: Path, seconds: float, scores: Mapping[str, Any] | None = None) -> None:
+        """Write README.md, a model card with what was set and measured; one that a person has written stays."""
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        record = record_training(self, seconds, scores)
+        card = training_card(model, self.processor, record, name=Path(self.arguments.output_dir).resolve().name)
+        if not attach_card(folder, card) and scores is None:
+            self.accelerator.print(f"{CARD_FILE} was written by a person, and is left as it is.")
+
     def describe(self) -> str:
         """Say in a few words what is going to be trained, on what and how."""
         arguments, accelerator = self.arguments, self.accelerator
@@ -183,7 +197,8 @@ class TrainingRun:
         global_batch = arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes
         return (
             f"{parameters / 1e6:.2f} million parameters on {accelerator.num_processes} x {accelerator.device.type}, "
-            f"{len(self.train_data)} images of {arguments.dataset}, {arguments.max_steps} steps of {global_batch} images, "
+            f"{len(self.train_data)} images of {arguments.dataset}, {arguments.max_steps} steps of {global_batch} "
+            "images, "
             f"learning rate {arguments.learning_rate:g} ({arguments.backbone_learning_rate:g} in the backbone)."
         )
 
@@ -202,14 +217,78 @@ def summarise(run: TrainingRun, scores: Mapping[str, Any], seconds: float) -> di
         "num_processes": run.accelerator.num_processes,
         "device": run.accelerator.device.type,
         "settings": run.arguments.to_dict(),
-        "versions": {
-            "mpformer_hf": mpformer_hf.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "accelerate": accelerate.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": name_versions(),
     }
+
+
+def name_versions() -> dict[str, str]:
+    """Versions of everything that the result depends on."""
+    return {
+        "mpformer_hf": mpformer_hf.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def record_training(run: TrainingRun, seconds: float, scores: Mapping[str, Any] | None = None) -> TrainingRecord:
+    """Collect for the model card what was set and measured; without `scores`, nothing is said about quality."""
+    arguments, accelerator = run.arguments, run.accelerator
+    *_, last = [line for line in run.log if "loss" in line]
+    return TrainingRecord(
+        command=command_for(accelerator.num_processes),
+        dataset=arguments.dataset,
+        task=arguments.task,
+        settings=hide_folders({k: v for k, v in arguments.to_dict().items() if k not in STATED_ELSEWHERE}),
+        num_train_images=len(run.train_data),
+        num_validation_images=len(run.validation_data),
+        steps=arguments.max_steps,
+        images_per_step=arguments.batch_size * arguments.gradient_accumulation_steps * accelerator.num_processes,
+        seconds=seconds,
+        hardware=name_hardware(accelerator),
+        versions=name_versions(),
+        final_losses={name: value for name, value in last.items() if name not in NO_LOSSES},
+        scores={} if scores is None else fractions_of(scores),
+        start=arguments.model_name_or_path or "",
+        backbone_start=arguments.backbone or "",
+    )
+
+
+STATED_ELSEWHERE = ("output_dir", "model_name_or_path", "backbone")
+NO_LOSSES = ("step", "learning_rate", "images_per_second")
+
+
+def hide_folders(settings: Any) -> Any:  # noqa: ANN401 - whatever a recipe may hold
+    """Leave the last part of absolute paths: a card is for others, and how this machine is laid out is not."""
+    if isinstance(settings, Mapping):
+        return {name: hide_folders(value) for name, value in settings.items()}
+    if isinstance(settings, list):
+        return [hide_folders(value) for value in settings]
+    return Path(settings).name if isinstance(settings, str) and Path(settings).is_absolute() else settings
+
+
+def command_for(num_processes: int) -> str:
+    """Command that repeats the training with the recipe that is saved beside the model."""
+    if num_processes == 1:
+        return f"python -m training.train {RECIPE_FILE}"
+    return f"accelerate launch --num_processes {num_processes} training/train.py {RECIPE_FILE}"
+
+
+def name_hardware(accelerator: Accelerator) -> str:
+    """Say on how many of what the training ran."""
+    if accelerator.device.type == "cuda":
+        return f"{accelerator.num_processes} x {torch.cuda.get_device_name(accelerator.device)}"
+    return f"{accelerator.num_processes} x {accelerator.device.type}, threads of PyTorch: {torch.get_num_threads()}"
+
+
+def fractions_of(scores: Mapping[str, Any]) -> dict[str, float]:
+    """Name the panoptic scores as model cards do; groups without any class have none."""
+    fractions = {name: scores["All"][name] for name in ("pq", "sq", "rq")}
+    for group, name in (("Things", "pq_things"), ("Stuff", "pq_stuff")):
+        if scores[group]["n"]:
+            fractions[name] = scores[group]["pq"]
+    return fractions
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -454,7 +533,8 @@ def require_usable_folder(folder: Path) -> None:
     is_result = (folder / RECIPE_FILE).exists() and (folder / "config.json").exists()
     if folder.is_dir() and not is_result and any(folder.iterdir()):
         raise RecipeError(
-            f"`output_dir` {folder} holds files that are no result of this program, and would be replaced. Choose another "
+            f"`output_dir` {folder} holds files that are no result of this program, and would be replaced. Choose "
+            "another "
             "folder, or empty it."
         )
     try:
@@ -481,6 +561,13 @@ def complete_or_nothing(folder: Path) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def keep_card_of_person(previous: Path, folder: Path) -> None:
+    """Carry a README.md that a person has written, or changed, into the folder that takes the place of its own."""
+    card = previous / CARD_FILE
+    if card.is_file() and is_by_a_person(card.read_text(encoding="utf-8", errors="replace")):
+        shutil.copy2(card, folder / CARD_FILE)
 
 
 def write_text(path: Path, text: str) -> None:

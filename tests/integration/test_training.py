@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 
 from mpformer_hf import MPFormerForUniversalSegmentation, MPFormerImageProcessor
+from mpformer_hf.model_card import card_for_model
 from training import predictions
 from training.arguments import parse_arguments
 from training.evaluation import evaluate_panoptic
 from training.stopping import Stopped, StopSignals
-from training.train import main, prepare_run, train
+from training.train import hide_folders, main, prepare_run, train
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -90,7 +92,9 @@ def start_program(*command: str, **variables: str) -> subprocess.Popen[str]:
 
 def test_the_folder_holds_model_processor_scores_recipe_and_log(trained):
     folder, results = trained
-    assert sorted(path.name for path in folder.iterdir()) == [
+    # Beside the code that loads the model without the package.
+    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".py") == [
+        "README.md",
         "config.json",
         "log.jsonl",
         "model.safetensors",
@@ -109,6 +113,42 @@ def test_the_results_say_what_they_depend_on(trained, recipe):
     assert results["num_images"] == 3
     assert results["settings"] == arguments_for(recipe, folder, "--evaluation_steps", "3").to_dict()
     assert results["versions"]["torch"] == torch.__version__
+
+
+def test_the_card_has_the_scores_settings_and_weights_of_the_run(trained):
+    folder, results = trained
+    text = (folder / "README.md").read_text()
+    [model] = ModelCard(text).data.to_dict()["model-index"]
+    metrics = {metric["type"]: metric["value"] for metric in model["results"][0]["metrics"]}
+    expected = {name: 100 * results["panoptic_quality"]["All"][name] for name in ("pq", "sq", "rq")}
+    expected |= {f"pq_{group.lower()}": 100 * results["panoptic_quality"][group]["pq"] for group in ("Things", "Stuff")}
+    assert metrics == pytest.approx(expected, abs=1e-4)
+    assert f"torch {torch.__version__}" in text
+    assert "| Steps | 6, of 2 images |" in text
+    assert "| Validation split | 3 images |" in text
+    assert str(folder.parent) not in text
+    assert card_for_model(MPFormerForUniversalSegmentation.from_pretrained(folder)) == text
+
+
+def test_a_card_that_a_person_has_changed_outlives_the_next_training(recipe, tmp_path, capsys):
+    words = [recipe, "--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--evaluate", "false"]
+    main(words)
+    card = tmp_path / "out" / "README.md"
+    assert "has not been scored" in card.read_text()
+    main([*words, "--seed", "5"])
+    assert "| Seed | 5 |" in card.read_text()
+    card.write_text("# Mine\n")
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    main([*words, "--seed", "6"])
+    assert card.read_text() == "# Mine\n"
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != before
+    assert capsys.readouterr().out.count("README.md was written by a person, and is left as it is.") == 1
+
+
+def test_folders_of_this_machine_are_not_on_the_card():
+    settings = {"dataset_options": {"folder": "/home/someone/photos", "sizes": [64, "/data/x"]}, "schedule": "poly"}
+    assert hide_folders(settings) == {"dataset_options": {"folder": "photos", "sizes": [64, "x"]}, "schedule": "poly"}
 
 
 def test_the_saved_recipe_is_that_of_the_run(trained):

@@ -40,9 +40,10 @@ def closure_of(entry: Path) -> set[Path]:
     """The entry and every file that it needs, directly or through others."""
     seen, queue = {entry}, [entry]
     while queue:
-        for sibling in siblings_of(queue.pop()) - seen:
-            seen.add(sibling)
-            queue.append(sibling)
+        file = queue.pop()
+        new = siblings_of(file) - seen if file.is_file() else set()
+        seen |= new
+        queue += new
     return seen
 
 
@@ -58,8 +59,8 @@ def test_the_trio_is_among_the_entry_points():
 
 @for_each_entry_point
 def test_transformers_copies_exactly_what_python_imports(entry):
-    copied = {Path(file) for file in get_relative_import_files(entry)} | {entry}
-    assert copied == closure_of(entry)
+    imported = closure_of(entry)
+    assert {Path(file) for file in get_relative_import_files(entry)} | {entry} == imported
 
 
 @for_each_entry_point
@@ -87,3 +88,31 @@ def test_closure_never_reaches_for_the_installed_package(entry):
 
 def test_the_configuration_needs_no_other_file_of_the_package():
     assert closure_of(PACKAGE / "configuration_mpformer.py") == {PACKAGE / "configuration_mpformer.py"}
+
+
+def test_the_closure_leaves_out_what_is_not_for_strangers():
+    needed = {
+        file.stem for entry in ("modeling", "image_processing") for file in closure_of(PACKAGE / f"{entry}_mpformer.py")
+    }
+    assert {"configuration_mpformer", "mask_decoder", "mask_polygons", "image_reading"} <= needed
+    assert not {"__init__", "model_card", "pipeline_mpformer", "visualization"} & needed
+
+
+@pytest.mark.parametrize(
+    ("sibling", "check", "message"),
+    [
+        (None, test_every_copied_file_exists, r"needs \['part.py'\]"),
+        ("from . import other", test_transformers_copies_exactly_what_python_imports, r"part.py:1: write `from .sib"),
+        ("from .ops.x import y", test_transformers_copies_exactly_what_python_imports, r"part.py:1: write `from .sib"),
+        ("import einops", test_closure_needs_nothing_a_transformers_user_lacks, r"part.py imports \['einops'\]"),
+        ("import torchvision", test_closure_needs_nothing_a_transformers_user_lacks, r"\['torchvision'\]"),
+        ("from mpformer_hf import ops", test_closure_never_reaches_for_the_installed_package, r"part.py:1: import sib"),
+    ],
+)
+def test_these_tests_notice_what_would_fail_at_a_stranger_s(sibling, check, message, tmp_path):
+    entry = tmp_path / "modeling_broken.py"
+    entry.write_text("from .part import y\n")
+    if sibling is not None:
+        (tmp_path / "part.py").write_text(f"{sibling}\n")
+    with pytest.raises(AssertionError, match=message):
+        check(entry)
