@@ -32,18 +32,19 @@ AutoModelForImageSegmentation.register(MPFormerConfig, MPFormerForUniversalSegme
 AutoImageProcessor.register(MPFormerConfig, fast_image_processor_class=MPFormerImageProcessor, exist_ok=True)
 
 
-def _write_card(model: MPFormerForUniversalSegmentation, folder: Path, repository_has_card: bool) -> None:
+def _write_card(
+    model: MPFormerForUniversalSegmentation, folder: Path, repository: str, repository_has_card: bool
+) -> None:
     """Write the README.md of a folder that is to be pushed; a person's, which transformers has fetched, stays."""
-    from .model_card import card_for_model, is_by_a_person  # noqa: PLC0415 - only who pushes a model needs it
+    from .model_card import add_tags, card_for_model, is_by_a_person  # noqa: PLC0415 - only who pushes a model needs it
 
     file = folder / "README.md"
     fetched_or_default = file.read_text(encoding="utf-8")
     if repository_has_card and is_by_a_person(fetched_or_default):
         return
-    card = ModelCard(card_for_model(model))
     asked_for = ModelCard(fetched_or_default).data.get("tags") or []
-    card.data["tags"] += [tag for tag in asked_for if tag not in card.data["tags"]]
-    file.write_text(str(card), encoding="utf-8", newline="\n")
+    card = add_tags(card_for_model(model, name=repository.rpartition("/")[-1]), asked_for)
+    file.write_text(card, encoding="utf-8", newline="\n")
 
 
 MPFormerForUniversalSegmentation.write_card = _write_card

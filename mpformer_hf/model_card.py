@@ -597,12 +597,15 @@ def training_card(
     return render_card(trained_facts(model, processor, record, name=name))
 
 
-def card_for_model(model: PreTrainedModel, processor: BaseImageProcessor | None = None) -> str:
+def card_for_model(
+    model: PreTrainedModel, processor: BaseImageProcessor | None = None, *, name: str | None = None
+) -> str:
     """Write the README.md that a model is pushed with when its repository has none.
 
     Args:
         model: an `MPFormerForUniversalSegmentation`.
         processor: its image processor, if it is at hand.
+        name: of the repository that it is pushed to; `None`: of where it was loaded from.
 
     Returns:
         The card of the folder or repository that the model was loaded from, if it is about exactly these weights;
@@ -613,7 +616,7 @@ def card_for_model(model: PreTrainedModel, processor: BaseImageProcessor | None 
     text = read_card_of(start)
     if text is not None and f"weights {facts.weights_digest}" in signature_of(text):
         return text
-    return str(render_card(dataclasses.replace(facts, **inherit(start))))
+    return str(render_card(dataclasses.replace(facts, name=name or facts.name, **inherit(start))))
 
 
 # ----------------------------------------------------------------------------------------------------- files and people

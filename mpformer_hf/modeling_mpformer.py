@@ -143,14 +143,15 @@ class MPFormerPreTrainedModel(KernelFallback, PreTrainedModel):
     # Files of Mask2Former have no label embedding, older ones no class weights; a file with one loads without piloting.
     _keys_to_ignore_on_load_missing = [r"pilot_label_embedder\.weight", r"criterion\.empty_weight"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"pilot_label_embedder\.weight"]  # noqa: RUF012
-    # Writes the README.md of a folder that is to be pushed; `True` says that the repository has one already. The package sets
-    # it; people who have only this file, from the Hub, push transformers' card.
-    write_card: ClassVar[Callable[[Any, Path, bool], None] | None] = None
+    # Writes the README.md of a folder that is to be pushed to a repository; `True` says that it has one already. The package
+    # sets it; people who have only this file, from the Hub, push transformers' card.
+    write_card: ClassVar[Callable[[Any, Path, str, bool], None] | None] = None
 
     def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - transformers' type
         """Write the model's card in the place of transformers' default; it goes into the same commit as the weights."""
         if self.write_card is not None:
-            self.write_card(Path(working_dir), HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token")))
+            has_card = HfApi().file_exists(repo_id, "README.md", token=kwargs.get("token"))
+            self.write_card(Path(working_dir), repo_id, has_card)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @torch.no_grad()
@@ -283,6 +284,9 @@ class MPFormerModel(MPFormerPreTrainedModel):
 
 class MPFormerForUniversalSegmentation(MPFormerPreTrainedModel):
     """MP-Former for instance, semantic and panoptic segmentation.
+
+    `save_pretrained` and `push_to_hub` write this code beside the weights: people without this package load the folder or
+    repository with transformers' Auto classes or `pipeline("image-segmentation", ...)`, and `trust_remote_code=True`.
 
     Examples:
     ```python

@@ -17,6 +17,8 @@ import numpy as np
 import PIL.Image
 import torch
 import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -95,17 +97,13 @@ def load_and_save(folder: Path, title: str, name: str, **arguments: Any) -> None
 
 
 def head_of(repository: str) -> str:
-    from huggingface_hub import HfApi  # noqa: PLC0415 - of the versions that this process sees
-
     return HfApi().model_info(repository).sha
 
 
 def push(folder: Path, repository: str, _: str) -> None:
     """The author: pushes with a wrong token, then properly, then once more until the test kills this process."""
-    from huggingface_hub.errors import HfHubHTTPError  # noqa: PLC0415
-
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from mpformer_hf import MPFormerImageProcessor  # noqa: PLC0415
+    from mpformer_hf import MPFormerImageProcessor  # noqa: PLC0415 - strangers have no package
     from tests.factories import tiny_model  # noqa: PLC0415
 
     model = tiny_model()

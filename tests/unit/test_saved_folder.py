@@ -12,12 +12,20 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import save_file
-from transformers import ResNetModel, TimmBackboneConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageSegmentation,
+    ResNetModel,
+    TimmBackboneConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 from mpformer_hf import MPFormerConfig, MPFormerForUniversalSegmentation, MPFormerImageProcessor, MPFormerModel
 from mpformer_hf.configuration_mpformer import AUTO_MAP
 from mpformer_hf.model_card import card_for_model, is_by_a_person
 from tests.factories import random_images, tiny_backbone_config, tiny_config, tiny_model
+from tests.logs import recorded_log
 from tests.unit.test_hub_closure import PACKAGE, closure_of
 
 ENTRIES = ("configuration_mpformer", "image_processing_mpformer", "modeling_mpformer")
@@ -60,6 +68,17 @@ def test_every_part_is_saved_with_all_of_the_code(part, tmp_path: Path) -> None:
     assert names_in(tmp_path) == CODE | own
     for name in CODE:
         assert (tmp_path / name).read_bytes() == (PACKAGE / name).read_bytes()
+
+
+def test_with_the_package_its_own_classes_are_taken_even_with_trust_in_the_folder_s_code(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    MPFormerImageProcessor().save_pretrained(tmp_path)
+    with recorded_log() as log:
+        model = AutoModelForImageSegmentation.from_pretrained(tmp_path, trust_remote_code=True)
+        processor = AutoImageProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    assert log == []
+    assert type(model) is MPFormerForUniversalSegmentation
+    assert type(processor) is MPFormerImageProcessor
 
 
 def test_a_checkpoint_of_the_trainer_is_complete(tmp_path: Path) -> None:
@@ -165,13 +184,14 @@ DEFAULT_CARD = (
 def card_after_push(folder: Path, before: str, *, repository_has_card: bool) -> str:
     """README.md of a folder that is about to be uploaded; `before` is what transformers has put there."""
     (folder / "README.md").write_text(before)
-    tiny_model().write_card(folder, repository_has_card)
+    tiny_model().write_card(folder, "someone/crabs", repository_has_card)
     return (folder / "README.md").read_text()
 
 
 def test_a_push_to_a_repository_without_a_card_has_the_package_s(tmp_path: Path) -> None:
     card = card_after_push(tmp_path, DEFAULT_CARD.format(tags=[]), repository_has_card=False)
-    assert card == card_for_model(tiny_model())
+    assert card == card_for_model(tiny_model(), name="crabs")
+    assert '"OWNER/crabs"' in card
     assert not is_by_a_person(card)
 
 
@@ -180,6 +200,7 @@ def test_tags_of_a_push_stay(tmp_path: Path) -> None:
     tags = ModelCard(card_for_model(tiny_model())).data.tags
     assert "vision" in tags
     assert ModelCard(card).data.tags == [*tags, "crabs"]
+    assert not is_by_a_person(card)
 
 
 def test_a_person_s_card_stays(tmp_path: Path) -> None:
@@ -190,7 +211,7 @@ def test_a_person_s_card_stays(tmp_path: Path) -> None:
 def test_an_earlier_card_of_the_package_is_replaced(tmp_path: Path) -> None:
     earlier = card_for_model(tiny_model(num_queries=3))
     card = card_after_push(tmp_path, earlier, repository_has_card=True)
-    assert card == card_for_model(tiny_model()) != earlier
+    assert card == card_for_model(tiny_model(), name="crabs") != earlier
 
 
 def test_a_model_without_class_head_has_no_card_of_the_package() -> None:
