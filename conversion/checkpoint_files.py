@@ -167,7 +167,7 @@ def _check_zip(path: Path) -> None:
             main = _find_pickle(path, records)
             with archive.open(main) as file:
                 content = read_pickle(BoundedFile(file, records[main].file_size), of_torch=True)
-    except ValueError:
+    except (ConversionError, PickleDataError):
         raise
     except Exception as error:  # zipfile raises many kinds
         raise ConversionError(f"{EXPECTED}, but `{path}` is a damaged zip ({error}). Download it again.") from error

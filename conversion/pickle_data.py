@@ -20,7 +20,7 @@ import numpy as np
 T = TypeVar("T")
 
 # A model of 2000 tensors needs about 100 000; more would be an attempt to fill the memory with empty objects.
-MAX_INSTRUCTIONS = 2_000_000
+MAX_INSTRUCTIONS = 1_000_000
 MAX_NAME = 500
 MAX_AXES = 64
 STORAGE_ITEM_SIZES = {
@@ -128,7 +128,7 @@ class BoundedFile:
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file = file
-        self.left = size
+        self.size = self.left = size
 
     def read(self, num_bytes: int) -> bytes:
         """The next bytes; all of them."""
@@ -136,6 +136,10 @@ class BoundedFile:
             raise PickleDataError(f"announces {num_bytes} bytes where {self.left} are left")
         self.left -= num_bytes
         return self.file.read(num_bytes)
+
+    def tell(self) -> int:
+        """How many bytes have been read."""
+        return self.size - self.left
 
     def readline(self) -> bytes:
         """The next line, with its end."""
