@@ -53,6 +53,8 @@ MEBIBYTE = 2**20
 # Address space that a process of the fuzzing may add to what it had after one conversion; resident it must add far less.
 ADDED_ADDRESS_SPACE = 8 * 2**30
 ADDED_MEMORY = 300 * MEBIBYTE
+# Share of the changed YAML files that are text again; a YAML reader refuses all others at once.
+READABLE_YAML = 0.9
 TINY = Original(
     swin=(8, (1, 1, 1, 1), (1, 1, 2, 2), 4),
     num_classes=3,
@@ -174,6 +176,10 @@ class Fuzzer:
             content = self.rewrite(name, rng)
         else:
             content = MUTATIONS[mutation](self.contents[name], rng, self.places[name])
+        if name.endswith(".yaml") and rng.random() < READABLE_YAML:
+            content = "".join(
+                sign for sign in content.decode(errors="ignore") if sign.isprintable() or sign == "\n"
+            ).encode()
         place = self.folder / "run"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()

@@ -211,9 +211,8 @@ def _check_legacy(path: Path) -> None:
 
 
 def _check_stored_tensors(path: Path, content: object) -> set[StoredStorage]:
-    """Check that all tensors together are no larger than the file; return their storages."""
+    """Check that all storages together are no larger than the file, and return them. Each tensor has been compared with its own."""
     storages: set[StoredStorage] = set()
-    tensors: dict[int, StoredTensor] = {}
     seen: set[int] = set()
     queue = [content]
     while queue:
@@ -226,12 +225,10 @@ def _check_stored_tensors(path: Path, content: object) -> set[StoredStorage]:
         elif isinstance(value, list | tuple):
             queue.extend(value)
         elif isinstance(value, StoredTensor):
-            tensors[id(value)] = value
             storages.add(value.storage)
         elif isinstance(value, StoredStorage):
             storages.add(value)
     _check_fits(path, sum(storage.num_bytes for storage in storages), "storages")
-    _check_fits(path, sum(tensor.num_bytes for tensor in tensors.values()), "tensors")
     return storages
 
 
@@ -301,6 +298,7 @@ def _to_tensors(path: Path, weights: Mapping[object, object]) -> dict[str, Tenso
         if not isinstance(name, str):
             raise ConversionError(f"{EXPECTED}, but `{path}` has the name {str(name)[:40]!r}, which is not a string.")
         tensors[name] = _to_tensor(path, name, value)
+    _check_fits(path, sum(tensor.nbytes for tensor in tensors.values()), "weights")
     return tensors
 
 

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoBackbone, PreTrainedModel, ResNetConfig, SwinConfig
 
@@ -32,6 +31,7 @@ from conversion.key_map import (
     to_ours,
     update_names,
 )
+from conversion.loading import without_progress_bars
 from conversion.output_folder import check_folder, new_folder, step
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -282,10 +282,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@without_progress_bars()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status."""
     arguments = parse_arguments(argv)
-    transformers.utils.logging.disable_progress_bar()
     try:
         check_folder(arguments.output_dir, overwrite=arguments.overwrite, inputs=[arguments.weights])
         with step(f"Reading {arguments.weights.name}"):

@@ -46,6 +46,7 @@ from conversion.key_map import (
     to_ours,
     update_names,
 )
+from conversion.loading import without_progress_bars
 from conversion.output_folder import check_folder, new_folder, step
 from mpformer_hf import MPFormerConfig, MPFormerForUniversalSegmentation, MPFormerImageProcessor
 from mpformer_hf.model_card import attach_card, render_card
@@ -92,8 +93,8 @@ class Converted:
 
     @property
     def is_mpformer(self) -> bool:
-        """True for a checkpoint of MP-Former, which has no position embedding of the queries; False for Mask2Former."""
-        return not self.model.config.query_position_embedding
+        """True for a checkpoint of MP-Former: with a label embedding, or without position embedding of the queries."""
+        return LABEL_EMBEDDING in self.sources or not self.model.config.query_position_embedding
 
     @property
     def kind(self) -> str:
@@ -432,7 +433,12 @@ def read_reference(file: Path) -> dict[str, Tensor]:
         raise ConversionError(
             f"Expected `infer.image` with `infer.pred_logits.L` or `infer.pred_masks.L` in `{file}`, got {list_names(sorted(tensors))}."
         )
-    return {"image": found["image"], **recorded}
+    image = found["image"]
+    if image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3 or not image.numel():  # noqa: PLR2004 - RGB
+        raise ConversionError(
+            f"Expected `infer.image` in `{file}` as uint8, (3, height, width), got {image.dtype}, {tuple(image.shape)}."
+        )
+    return {"image": image, **{name: tensor.float() for name, tensor in recorded.items()}}
 
 
 def list_logits(outputs: object) -> dict[str, Tensor]:
@@ -489,10 +495,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
+@without_progress_bars()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status."""
     arguments = parse_arguments(argv)
-    transformers.utils.logging.disable_progress_bar()
     inputs = Inputs(
         arguments.checkpoint, arguments.config_file, arguments.overrides, arguments.reference, arguments.trust_pickle
     )

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 from transformers import (
@@ -27,7 +26,7 @@ from transformers import (
 
 from conversion import ConversionError
 from conversion.key_map import LABEL_EMBEDDING, QUERY_POSITIONS
-from conversion.loading import load_complete, load_processor
+from conversion.loading import load_complete, load_processor, without_progress_bars
 from conversion.output_folder import check_folder, new_folder, step
 from mpformer_hf import MPFormerConfig, MPFormerForUniversalSegmentation, MPFormerImageProcessor
 
@@ -195,10 +194,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
+@without_progress_bars()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status."""
     arguments = parse_arguments(argv)
-    transformers.utils.logging.disable_progress_bar()
     source = Path(arguments.model)
     try:
         check_folder(arguments.output_dir, overwrite=arguments.overwrite, inputs=[source / "config.json"])

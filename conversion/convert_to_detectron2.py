@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 
 from conversion import ConversionError
 from conversion.key_map import LABEL_EMBEDDING, Mapped, count_kinds, flip_input_channels, to_original, with_versions
-from conversion.loading import load_complete
+from conversion.loading import load_complete, without_progress_bars
 from conversion.output_folder import check_file, new_file, step
 from mpformer_hf import MPFormerConfig, MPFormerForUniversalSegmentation
 
@@ -173,10 +172,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@without_progress_bars()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit status."""
     arguments = parse_arguments(argv)
-    transformers.utils.logging.disable_progress_bar()
     try:
         check_file(arguments.output, overwrite=arguments.overwrite)
         with step(f"Reading {arguments.model}"):

@@ -1,8 +1,11 @@
 """Models of transformers' format, loaded completely or not at all."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from transformers import BaseImageProcessor, PreTrainedModel
+from transformers.utils import logging
 
 from conversion import ConversionError
 
@@ -41,3 +44,15 @@ def load_processor(processor_class: type[Processor], name_or_folder: str) -> Pro
     except Exception as error:
         reason = " ".join(str(error).split())[:500]
         raise ConversionError(f"The image processor in `{name_or_folder}` cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Switch transformers' progress bars off: the programs say themselves what they do."""
+    had_them = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_them:
+            logging.enable_progress_bar()

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from conversion import ConversionError
 
 AT_FDCWD = -100
@@ -121,13 +123,13 @@ def _new_place(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch's for a full disk is the last
         raise ConversionError(f"`{target}` cannot be written: {error}. Check the disk and the permissions.") from error
     finally:
         if unfinished.is_dir():
             shutil.rmtree(unfinished, ignore_errors=True)
-        else:
-            unfinished.unlink(missing_ok=True)
+        elif unfinished.exists():
+            unfinished.unlink()
         for parent in made:
             if not target.exists() and parent.is_dir():
                 parent.rmdir()

@@ -117,11 +117,6 @@ class StoredTensor:
                 f"has a tensor of shape {self.shape} whose storage holds {self.storage.num_items} numbers only"
             )
 
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the tensor alone."""
-        return math.prod(self.shape) * STORAGE_ITEM_SIZES[self.storage.kind]
-
 
 class BoundedFile:
     """A binary file from which no read can ask for more than is left of it."""

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -470,6 +471,27 @@ def test_overwriting_replaces_all_of_an_earlier_conversion(tmp_path):
     assert not (prepared.output / "stale.txt").exists()
     assert [entry.name for entry in prepared.output.parent.iterdir()] == ["converted"]
     assert_same(back_to_original(prepared.output), TINY.weights(seed=1))
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, capsys):
+    """Here a limit on the size of files: the weights do not fit."""
+    prepared = prepare(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        message = refused(prepared, capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written" in message
+
+    assert prepared.convert() == 0
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        assert convert_to_detectron2.main([str(prepared.output), "--output", str(tmp_path / "back.pth")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "cannot be written" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*back*"))
 
 
 KILLED_WHILE_WRITING = """

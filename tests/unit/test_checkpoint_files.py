@@ -125,6 +125,16 @@ def test_tensors_may_be_written_to_without_a_change_of_the_file(tmp_path):
         assert (tmp_path / "checkpoint").read_bytes() == content
 
 
+def test_what_stands_beside_may_share_memory_with_the_weights(tmp_path):
+    copies = {name: tensor.detach() for name, tensor in WEIGHTS.items()}
+    assert_equal(read_bytes(tmp_path, saved({"model": WEIGHTS, "average": copies, "best": copies})), WEIGHTS)
+
+
+def test_many_names_for_one_memory_are_refused(tmp_path):
+    tensor = torch.zeros(1000)
+    assert "announces weights" in refusal(tmp_path, saved({f"a{index}": tensor.detach() for index in range(1000)}))
+
+
 def test_what_stands_beside_the_weights_is_reported(tmp_path):
     file = tmp_path / "model.pth"
     torch.save({"model": WEIGHTS, "iteration": 41, "scheduler": {"last_epoch": 41}}, file)
