@@ -219,7 +219,8 @@ from PIL import Image
 
 from mpformer_hf import MPFormerForUniversalSegmentation, MPFormerImageProcessor
 
-checkpoint = "OWNER/{facts.name}"  # this repository, or a folder with its files
+# This repository, or a folder with its files.
+checkpoint = "OWNER/{facts.name}"
 model = MPFormerForUniversalSegmentation.from_pretrained(checkpoint).eval()
 processor = MPFormerImageProcessor.from_pretrained(checkpoint)
 

@@ -108,12 +108,12 @@ def test_three_lines_serve_a_model_of_transformers(
 ) -> None:
     model, processor = make_model().eval(), MPFormerImageProcessor(**fields)
     with torch.no_grad():
-        ran = run_block(name, model=model, processor=processor, images=images(), target_sizes=SIZES)
-    results, outputs = ran["results"], ran["outputs"]
+        ran = run_block(name, model=model, processor=processor, images=images(), sizes=SIZES)
+    results, outputs = ran["result"], ran["out"]
     maps = [one.masks if hasattr(one, "masks") else one.segmentation for one in results]
     assert [tuple(one.shape[-2:]) for one in maps] == SIZES
     # What the lines give is what the processor gives once it knows the valid sizes.
-    outputs.image_sizes = mask_post_processing.valid_sizes(ran["inputs"]["pixel_mask"])
+    outputs.image_sizes = mask_post_processing.valid_sizes(ran["batch"]["pixel_mask"])
     task = {"mask2former": "panoptic", "maskformer": "instance", "eomt": "semantic"}[name]
     settings = {"preset": "evaluation"} if task == "instance" else {}
     expected = getattr(processor, f"post_process_{task}_segmentation")(outputs, target_sizes=SIZES, **settings)
