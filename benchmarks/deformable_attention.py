@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from benchmarks.measuring import measure_added_memory, measure_times
+from benchmarks.measuring import measure_added_memory, measure_times, write_report
 from mpformer_hf.deformable_attention import cell_centres
 from mpformer_hf.ops.backends import Backend, backends
 
@@ -196,17 +196,13 @@ def main() -> None:
     for case in tqdm(cases):
         results.append(measure_case(case, arguments.repeats, bytes_a_second, arguments.threads))
         tqdm.write(format_case(results[-1]))
-    if arguments.output:
-        report = {
-            "command": " ".join(["python -m benchmarks.deformable_attention", *sys.argv[1:]]),
-            "torch": torch.__version__,
-            "threads": arguments.threads,
-            "GPU": torch.cuda.get_device_name() if arguments.device != "cpu" else None,
-            "copy GB/s": bytes_a_second / 1e9,
-            "cases": results,
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+    report = {
+        "threads": arguments.threads,
+        "GPU": torch.cuda.get_device_name() if arguments.device != "cpu" else None,
+        "copy GB/s": bytes_a_second / 1e9,
+        "cases": results,
+    }
+    write_report(arguments.output, "deformable_attention", report)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Time of several runs side by side, and peak memory that a run adds to a process."""
+"""Time of several runs side by side, peak memory that a run adds to a process, and the file with the result."""
 
 import ctypes
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,3 +58,12 @@ def read_status(name: str) -> int:
     """Bytes of this process that Linux counts: `VmRSS`, the resident set, or `VmHWM`, its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def write_report(output: Path | None, program: str, report: dict[str, Any]) -> None:
+    """Write a result as JSON, with the command that made it and the version of torch; `None` writes nothing."""
+    if output is None:
+        return
+    command = " ".join([f"python -m benchmarks.{program}", *sys.argv[1:]])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps({"command": command, "torch": torch.__version__, **report}, indent=2) + "\n")

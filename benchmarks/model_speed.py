@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
-from benchmarks.measuring import measure_added_memory, measure_times
+from benchmarks.measuring import measure_added_memory, measure_times, write_report
 from mpformer_hf import MPFormerConfig, MPFormerForUniversalSegmentation
 from mpformer_hf.deformable_attention import MultiScaleDeformableAttention
 
@@ -277,12 +277,8 @@ def main() -> None:
         device=arguments.device,
     )
     result = measure(setting, arguments.repeats, arguments.decoder_segments)
-    result |= {"torch": torch.__version__, "command": " ".join(["python -m benchmarks.model_speed", *sys.argv[1:]])}
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+    print(json.dumps(result, indent=2))
+    write_report(arguments.output, "model_speed", result)
 
 
 if __name__ == "__main__":

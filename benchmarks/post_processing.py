@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import Mask2FormerImageProcessor
 
-from benchmarks.measuring import measure_added_memory, measure_times
+from benchmarks.measuring import measure_added_memory, measure_times, write_report
 from mpformer_hf import MPFormerImageProcessor
 from tests import plain_post_processing as plain
 
@@ -154,17 +154,17 @@ def main() -> None:
         return
     rows = measure(arguments.repeats, arguments.threads, arguments.device)
     print(format_table(rows))
-    if arguments.output:
-        setting = {"padded": PADDED, "valid": VALID, "target": TARGET, "queries": NUM_QUERIES, "classes": NUM_CLASSES}
-        result = {
-            "setting": {**setting, "threads": arguments.threads, "device": arguments.device},
-            "repeats": arguments.repeats,
-            "rows": rows,
-            "torch": torch.__version__,
-            "command": " ".join(["python -m benchmarks.post_processing", *sys.argv[1:]]),
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    setting = {
+        "padded": PADDED,
+        "valid": VALID,
+        "target": TARGET,
+        "queries": NUM_QUERIES,
+        "classes": NUM_CLASSES,
+        "threads": arguments.threads,
+        "device": arguments.device,
+    }
+    report = {"setting": setting, "repeats": arguments.repeats, "rows": rows}
+    write_report(arguments.output, "post_processing", report)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from benchmarks.measuring import measure_added_memory
+from benchmarks.measuring import measure_added_memory, write_report
 from mpformer_hf import MPFormerImageProcessor
 from mpformer_hf.tiled_prediction import make_tiles, tiled_instance_segmentation, tiled_panoptic_segmentation
 
@@ -198,16 +198,9 @@ def main() -> None:
         for size in arguments.images
         for task in TASKS
     ]
-    report = {
-        "command": " ".join(["python -m benchmarks.tiled_prediction", *sys.argv[1:]]),
-        "torch": torch.__version__,
-        "cases": [measure(case) for case in tqdm(cases)],
-    }
-    text = json.dumps(report, indent=2)
-    print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+    report = {"cases": [measure(case) for case in tqdm(cases)]}
+    print(json.dumps(report, indent=2))
+    write_report(arguments.output, "tiled_prediction", report)
 
 
 if __name__ == "__main__":

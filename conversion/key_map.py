@@ -30,6 +30,7 @@ LAYER = f"{TRANSFORMER}.decoder.layers.{{i}}"
 QUERY_POSITIONS = f"{TRANSFORMER}.queries_embedder.weight"
 LABEL_EMBEDDING = f"{TRANSFORMER}.pilot_label_embedder.weight"
 CLASS_WEIGHTS = "criterion.empty_weight"
+NAMES_IN_A_MESSAGE = 5
 
 FIELDS: Mapping[str, tuple[str, ...]] = {
     "wb": ("weight", "bias"),
@@ -400,5 +401,5 @@ def count_kinds(ignored: Mapping[str, str]) -> list[str]:
 
 def list_names(names: Sequence[str]) -> str:
     """The first names, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""  # noqa: PLR2004
-    return ", ".join(f"`{name[:100]}`" for name in names[:5]) + more
+    more = f" and {len(names) - NAMES_IN_A_MESSAGE} more" if len(names) > NAMES_IN_A_MESSAGE else ""
+    return ", ".join(f"`{name[:100]}`" for name in names[:NAMES_IN_A_MESSAGE]) + more

@@ -386,9 +386,10 @@ class _StoredType:
 
     def set_state(self, state: tuple) -> None:
         """Take over the byte order; types with fields or sub-arrays are refused."""
-        if len(state) < 5 or any(part is not None for part in state[2:5]) or state[1] not in set("<>=|"):  # noqa: PLR2004
+        _version, byte_order, sub_array, names, fields, *_ = state
+        if not (sub_array is names is fields is None and byte_order in set("<>=|")):
             raise PickleDataError("has an array of a type with fields")
-        self.dtype = self.dtype.newbyteorder(state[1])
+        self.dtype = self.dtype.newbyteorder(byte_order)
 
 
 def _make_type(code: object, *_: object) -> _StoredType:

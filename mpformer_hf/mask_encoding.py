@@ -60,7 +60,7 @@ def encode_cropped_rle(crop: Tensor, top: int, left: int, height: int, width: in
     >>> encode_cropped_rle(torch.tensor([[True], [True]]), top=0, left=1, height=2, width=2)
     {'size': [2, 2], 'counts': '22'}
     """
-    if crop.ndim != 2 or not (0 <= top <= height - crop.shape[0] and 0 <= left <= width - crop.shape[1]):  # noqa: PLR2004
+    if crop.ndim != 2 or not (0 <= top <= height - crop.shape[0] and 0 <= left <= width - crop.shape[1]):  # noqa: PLR2004 - (h, w)
         raise ValueError(
             f"Expected a crop (h, w) that lies inside a mask of {height} x {width}, got the shape {tuple(crop.shape)} "
             f"at row {top}, column {left}. Cut away what lies outside of the mask."

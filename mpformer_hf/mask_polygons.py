@@ -40,7 +40,7 @@ def trace_polygons(mask: Tensor) -> list[list[float]]:
     >>> trace_polygons(torch.tensor([[False, True, True], [False, True, True]]))
     [[1.0, 0.0, 3.0, 0.0, 3.0, 2.0, 1.0, 2.0]]
     """
-    if mask.dtype != torch.bool or mask.ndim != 2:  # noqa: PLR2004
+    if mask.dtype != torch.bool or mask.ndim != 2:  # noqa: PLR2004 - (H, W)
         raise ValueError(
             f"Expected one mask as bool (H, W), got {mask.dtype} {tuple(mask.shape)}. "
             "Compare scores with a threshold first, and pass masks one by one."

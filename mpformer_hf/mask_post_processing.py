@@ -13,7 +13,7 @@ Axes: B images, Q queries, K classes, N segments, h w mask logits (1/4 of the pa
 """
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +110,9 @@ def semantic_segmentation(
 
     Returns:
         One prediction an image.
+
+    Raises:
+        ValueError: shapes, sizes or values cannot be; the message names the image.
     """
     geometries = batch_geometries(class_logits, mask_logits, image_sizes, target_sizes)
     with exact_float32(mask_logits.device):
@@ -121,9 +124,9 @@ def semantic_segmentation(
 
 def semantic_map(scores: "ClassScores", return_scores: bool) -> SemanticPrediction:
     """Take the best class of each pixel of one image, block by block."""
-    segmentation = scores.new_empty(scores.size, torch.int64)
-    all_scores = scores.new_empty((scores.num_classes, *scores.size), torch.float32) if return_scores else None
-    for rows, columns in scores.blocks():
+    segmentation = torch.empty(scores.size, dtype=torch.int64, device=scores.device)
+    all_scores = torch.empty((scores.num_classes, *scores.size), device=scores.device) if return_scores else None
+    for rows, columns in blocks(scores.size, scores.num_queries + scores.num_classes, scores.device, scores.shrink):
         window = scores.window(rows, columns)
         segmentation[rows, columns] = window.max(1).indices
         if all_scores is not None:
@@ -136,7 +139,11 @@ class ClassScores:
 
     Attributes:
         size: height and width of the result.
+        num_queries: Q.
         num_classes: K.
+        device: of the logits.
+        shrink: pixels, along a side, of what is combined for one of the result; at least 1. Blocks of a smaller result are
+            made of larger ones.
     """
 
     def __init__(
@@ -145,24 +152,16 @@ class ClassScores:
         """Prepare the sums of (Q, K + 1) class logits and (Q, h, w) mask logits."""
         self.classes = class_logits.float().softmax(-1)[:, :-1].T.contiguous()  # (K, Q)
         self.num_classes, self.num_queries = self.classes.shape
+        self.device = self.classes.device
         self.size = geometry.target
         self.masks = ResizedMasks(mask_logits, geometry, to_valid_size=combine_before_resize)
+        self.shrink = max(1.0, *(into / out for into, out in zip(self.masks.size, self.size, strict=True)))
         self.last_step: list[AxisResize] = []
         if combine_before_resize and geometry.target != geometry.valid:
             self.last_step = [
                 AxisResize.bilinear(valid, target)
                 for valid, target in zip(geometry.valid, geometry.target, strict=True)
             ]
-
-    def new_empty(self, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Make a tensor on the device of the logits."""
-        return self.classes.new_empty(size, dtype=dtype)
-
-    def blocks(self) -> Iterator[tuple[slice, slice]]:
-        """Walk the result in blocks of rows and columns."""
-        # A block of a smaller result is made of a larger one of the image.
-        shrink = max((into / out for into, out in zip(self.masks.size, self.size, strict=True)), default=1.0)
-        return blocks(self.size, self.num_queries + self.num_classes, self.classes.device, shrink)
 
     def window(self, rows: slice, columns: slice) -> Tensor:
         """Compute the scores of all classes in a window of the result: float32, (rows, K, columns)."""
@@ -176,6 +175,8 @@ class ClassScores:
 
     def combine(self, logits: Tensor) -> Tensor:
         """Combine mask logits (rows, Q, columns), which are overwritten, to class scores (rows, K, columns)."""
+        # In the precision that torch is set to (`torch.set_float32_matmul_precision`), as the original's einsum: here it
+        # moves scores, not edges.
         return self.classes @ logits.sigmoid_()
 
 
@@ -210,6 +211,9 @@ def instance_segmentation(
 
     Returns:
         One prediction an image.
+
+    Raises:
+        ValueError: shapes, sizes or values cannot be, the message names the image; or a threshold is not in [0, 1].
     """
     check_share("score_threshold", score_threshold)
     check_share("mask_threshold", mask_threshold)
@@ -464,6 +468,9 @@ def panoptic_segmentation(
 
     Returns:
         One prediction an image.
+
+    Raises:
+        ValueError: shapes, sizes or values cannot be, the message names the image; or a threshold is not in [0, 1].
     """
     check_share("score_threshold", score_threshold)
     check_share("mask_threshold", mask_threshold)
@@ -573,7 +580,7 @@ def batch_geometries(
     """Check the inputs of a batch and collect the sizes of each image.
 
     Raises:
-        ValueError: ranks or counts do not fit, or a size is impossible; the message names the image.
+        ValueError: ranks or counts do not fit, a size is impossible, or a logit is NaN; the message names the image.
     """
     ranks = (class_logits.dim(), mask_logits.dim())
     if ranks != (3, 4) or class_logits.shape[:2] != mask_logits.shape[:2]:
@@ -581,7 +588,7 @@ def batch_geometries(
             "Expected class logits (images, queries, classes + 1) and mask logits (images, queries, height, width) of "
             f"equal images and queries, got {tuple(class_logits.shape)} and {tuple(mask_logits.shape)}."
         )
-    if class_logits.shape[-1] < 2:  # noqa: PLR2004
+    if class_logits.shape[-1] < 2:  # noqa: PLR2004 - a class, and "no object"
         raise ValueError(
             f"Expected class logits of at least one class and, last, of 'no object', got {class_logits.shape[-1]} in "
             "all."
@@ -626,7 +633,7 @@ def sizes_as_tuples(name: str, sizes: Tensor | Sequence[Size] | None, num_images
             f"`{name}` must hold one (height, width) for each of the {num_images} images, got {len(pairs)} entries."
         )
     for index, pair in enumerate(pairs):
-        if len(pair) != 2 or min(pair) < 1 or any(int(length) != length for length in pair):  # noqa: PLR2004
+        if len(pair) != 2 or min(pair) < 1 or any(int(length) != length for length in pair):  # noqa: PLR2004 - (h, w)
             raise ValueError(f"`{name}` of image {index} must be (height, width), two positive integers, got {pair}.")
     return [(int(height), int(width)) for height, width in pairs]
 

@@ -198,7 +198,8 @@ class PlacedScores:
             None if view.valid_size is None else [view.valid_size],
             [view.region.size],
         )
-        scores = ClassScores(view.class_logits, view.mask_logits, geometry, combine_before_resize)
+        with exact_float32(view.mask_logits.device):
+            scores = ClassScores(view.class_logits, view.mask_logits, geometry, combine_before_resize)
         return cls(scores, view.region, view.is_flipped)
 
     def window(self, part: Region) -> Tensor:
@@ -217,7 +218,7 @@ class ReachingViews:
         num_classes: K, of all views.
         num_channels: float values that work on one pixel takes.
         device: of the views.
-        shrink: pixels of the first view, along a side, for one of the result; at least 1.
+        shrink: of the first view, see `ClassScores`.
     """
 
     def __init__(self, views: Iterable[SemanticView], size: Size, combine_before_resize: bool) -> None:
@@ -232,8 +233,7 @@ class ReachingViews:
         scores = placed.scores
         self.num_classes = scores.num_classes
         self.num_channels = scores.num_queries + 2 * scores.num_classes
-        self.device = first.class_logits.device
-        self.shrink = max(1.0, *(into / out for into, out in zip(scores.masks.size, scores.size, strict=True)))
+        self.device, self.shrink = scores.device, scores.shrink
         self.waiting: PlacedScores | None = self.checked(placed, top=0)
 
     def at(self, rows: slice) -> list[PlacedScores]:

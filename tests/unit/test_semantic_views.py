@@ -73,6 +73,16 @@ def test_one_view_of_the_whole_image_is_the_usual_result() -> None:
     assert prediction.scores is None
 
 
+def test_logits_with_gradients_are_taken_and_get_none() -> None:
+    view = random_view(*LAYOUT[0])
+    expected = average_views([view], SIZE, return_scores=True)
+    view.class_logits.requires_grad_()
+    view.mask_logits.requires_grad_()
+    prediction = average_views([view], SIZE, return_scores=True)
+    assert torch.equal(prediction.scores, expected.scores)
+    assert not prediction.scores.requires_grad
+
+
 def test_views_are_let_go_when_nothing_below_needs_them(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref] = []
     most = 0
