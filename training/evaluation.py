@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import BaseImageProcessor
 
 from training.data import SegmentationDataset, SegmentationRow
-from training.metrics.panoptic import PanopticQuality, panoptic_map_from_masks
+from training.metrics.panoptic_quality import PanopticQuality, panoptic_map_from_masks
 from training.stopping import stop_signals
 
 GROUPS = ("All", "Things", "Stuff")

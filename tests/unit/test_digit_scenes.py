@@ -78,7 +78,7 @@ def new_process():
     """What a fresh Python says of one scene, and which modules it needed."""
     program = """
 import hashlib, json, sys
-import training.metrics.panoptic
+import training.metrics.panoptic_quality
 from training.data import DigitScenes
 row = DigitScenes("validation", preset="hard", num_images=9, seed=2)[8]
 digest = hashlib.sha256(row["image"].tobytes() + row["mask_labels"].tobytes()).hexdigest()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from training.data import DigitScenes
-from training.metrics.panoptic import PanopticQuality, count_overlaps, panoptic_map_from_masks
+from training.metrics.panoptic_quality import PanopticQuality, count_overlaps, panoptic_map_from_masks
 
 GOLDEN = Path(__file__).parent / "metrics_golden"
 
@@ -306,5 +306,5 @@ def test_overlapping_masks_and_missing_labels_are_errors():
 def test_class_named_twice_and_unequal_classes_in_merge_are_errors():
     with pytest.raises(ValueError, match="named twice"):
         PanopticQuality([0], [0])
-    with pytest.raises(ValueError, match="same thing_ids"):
+    with pytest.raises(ValueError, match="same settings.*thing_ids"):
         PanopticQuality([0], []).merge(PanopticQuality([1], []))

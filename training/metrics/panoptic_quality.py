@@ -14,18 +14,27 @@ distribution over processes changes a digit.
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from training.metrics.image_scores import ImageId, ImageScores, to_numpy
+
 VOID = 0
 
 
-class PanopticQuality:
+class PanopticScore(TypedDict):
+    """What is kept of an image: [class, IoU] of its matches, and the class of each false positive and negative."""
+
+    matches: list[tuple[int, float]]
+    errors: list[int]
+
+
+class PanopticQuality(ImageScores[PanopticScore]):
     """Collects images one by one and computes PQ, SQ and RQ of all classes, things, stuff, and each class.
 
     Only a few numbers of each image are kept. On several processes each collects its own images; one of them adds the
@@ -40,20 +49,20 @@ class PanopticQuality:
 
     def __init__(self, thing_ids: Iterable[int], stuff_ids: Iterable[int]) -> None:
         """Name the classes; predictions and ground truth may hold no other."""
+        super().__init__()
         self.thing_ids = tuple(thing_ids)
         self.stuff_ids = tuple(stuff_ids)
         self.class_ids = frozenset(self.thing_ids) | frozenset(self.stuff_ids)
         if len(self.class_ids) < len(self.thing_ids) + len(self.stuff_ids):
             raise ValueError("A class id is named twice. List each class once, as a thing or as stuff.")
-        self._images: dict[Hashable, _ImageScore] = {}
 
-    def __len__(self) -> int:
-        """Count the images collected so far."""
-        return len(self._images)
+    def settings(self) -> dict[str, Any]:
+        """Name the classes."""
+        return {"thing_ids": self.thing_ids, "stuff_ids": self.stuff_ids}
 
     def add(
         self,
-        image_id: Hashable,
+        image_id: ImageId,
         predicted_map: ArrayLike | torch.Tensor,
         predicted_segments: Sequence[Mapping[str, Any]],
         target_map: ArrayLike | torch.Tensor,
@@ -71,8 +80,7 @@ class PanopticQuality:
             target_segments: as `predicted_segments`; optionally `iscrowd`, and `area` in pixels, which is then taken
                 instead of a count of the map's pixels, as there.
         """
-        if image_id in self._images:
-            raise ValueError(f"Image {image_id!r} was added before. Add each image once, or call reset() first.")
+        self.refuse_known(image_id)
         predicted = _SegmentMap.read(predicted_map, predicted_segments, f"prediction of image {image_id!r}")
         target = _SegmentMap.read(target_map, target_segments, f"ground truth of image {image_id!r}")
         if predicted.ids.shape != target.ids.shape:
@@ -80,19 +88,15 @@ class PanopticQuality:
                 f"Image {image_id!r} is {target.ids.shape} in the ground truth and {predicted.ids.shape} in the "
                 "prediction (height, width). Post-process with target_sizes set to the ground truth's size."
             )
+        self.add_overlaps(image_id, count_overlaps(predicted.ids, target.ids), predicted, target)
+
+    def add_overlaps(
+        self, image_id: ImageId, overlaps: Mapping[tuple[int, int], int], predicted: "Segments", target: "Segments"
+    ) -> None:
+        """Score one image of which the pixels of every (predicted id, true id) pair are counted already."""
         for segments in (predicted, target):
             segments.require_classes(self.class_ids)
-        self._images[image_id] = _score_image(predicted, target)
-
-    def merge(self, other: "PanopticQuality") -> None:
-        """Take over the images of another collection over the same classes; an image known to both counts once."""
-        if (other.thing_ids, other.stuff_ids) != (self.thing_ids, self.stuff_ids):
-            raise ValueError("Only collections with the same thing_ids and stuff_ids can be merged.")
-        self._images = {**other._images, **self._images}  # noqa: SLF001  (the same class)
-
-    def reset(self) -> None:
-        """Forget all images."""
-        self._images = {}
+        self.keep(image_id, score_image(overlaps, predicted, target))
 
     def compute(self) -> dict[str, Any]:
         """Compute the scores of everything added so far, as fractions.
@@ -104,10 +108,10 @@ class PanopticQuality:
         """
         ious: dict[int, list[float]] = defaultdict(list)
         errors: Counter[int] = Counter()
-        for image in self._images.values():
-            for class_id, iou in image.matches:
+        for _, image in self.in_order():
+            for class_id, iou in image["matches"]:
                 ious[class_id].append(iou)
-            errors.update(image.errors)
+            errors.update(image["errors"])
         # The official tool lists the classes in the order of its JSON file, most often that of the ids.
         per_class = {class_id: _class_quality(ious[class_id], errors[class_id]) for class_id in sorted(self.class_ids)}
         occurring = {class_id for class_id in per_class if ious[class_id] or errors[class_id]}
@@ -131,7 +135,7 @@ def panoptic_map_from_masks(
         The map, int64 (H, W), 0 where no mask is, and for each mask a dictionary with `id` (1 + its position) and
         `label_id`: the last two arguments of `PanopticQuality.add`.
     """
-    masks, class_ids = _to_numpy(mask_labels).astype(bool), _to_numpy(class_labels)
+    masks, class_ids = to_numpy(mask_labels).astype(bool), to_numpy(class_labels)
     if masks.ndim != 3 or class_ids.shape != masks.shape[:1]:  # noqa: PLR2004
         raise ValueError(
             f"Expected masks (n, H, W) and one class label each, got masks {masks.shape} and labels {class_ids.shape}."
@@ -149,49 +153,46 @@ def panoptic_map_from_masks(
 
 
 @dataclass(frozen=True)
-class _ImageScore:
-    """What is kept of an image: (class, IoU) of its matches, and the class of each false positive and negative."""
+class Segments:
+    """The segments of an image by their ids, with words for error messages."""
 
-    matches: tuple[tuple[int, float], ...]
-    errors: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _SegmentMap:
-    """A map of ids (H, W) with the segments it shows, and words for error messages."""
-
-    ids: NDArray[np.integer]
     segments: dict[int, Mapping[str, Any]]
     name: str
 
-    @classmethod
-    def read(cls, ids: ArrayLike | torch.Tensor, segments: Sequence[Mapping[str, Any]], name: str) -> "_SegmentMap":
-        array = _to_numpy(ids)
-        if array.ndim != 2 or array.dtype.kind not in "iu":  # noqa: PLR2004
-            raise ValueError(f"The {name} must be an integer map (H, W), got {array.dtype} {array.shape}.")
-        by_id = {int(info["id"]): info for info in segments}
-        if len(by_id) < len(segments):
-            raise ValueError(f"The {name} lists a segment id twice. Give each segment its own id.")
-        if min(by_id, default=1) <= VOID or array.min(initial=VOID) < VOID:
-            raise ValueError(
-                f"The {name} uses ids below 1. 0 is void; add 1 to maps that start at 0 and have -1 where nothing is."
-            )
-        return cls(array, by_id, name)
-
     def class_of(self, segment_id: int) -> int:
+        """Class of a segment, in our form (`label_id`) or the official one (`category_id`)."""
         info = self.segments[segment_id]
         return int(info["label_id"] if "label_id" in info else info["category_id"])
 
     def is_crowd(self, segment_id: int) -> bool:
+        """Whether the segment is a crowd."""
         return bool(self.segments[segment_id].get("iscrowd", 0))
 
     def require_classes(self, class_ids: frozenset[int]) -> None:
+        """Refuse a segment of an unknown class."""
         for segment_id in self.segments:
             if self.class_of(segment_id) not in class_ids:
                 raise ValueError(
                     f"Segment {segment_id} in the {self.name} has class {self.class_of(segment_id)}, which is neither "
                     "in thing_ids nor in stuff_ids."
                 )
+
+
+@dataclass(frozen=True)
+class _SegmentMap(Segments):
+    """A map of ids (H, W) with the segments it shows."""
+
+    ids: NDArray[np.integer]
+
+    @classmethod
+    def read(cls, ids: ArrayLike | torch.Tensor, segments: Sequence[Mapping[str, Any]], name: str) -> "_SegmentMap":
+        array = to_numpy(ids)
+        if array.ndim != 2 or array.dtype.kind not in "iu":  # noqa: PLR2004
+            raise ValueError(f"The {name} must be an integer map (H, W), got {array.dtype} {array.shape}.")
+        by_id = {int(info["id"]): info for info in segments}
+        if len(by_id) < len(segments):
+            raise ValueError(f"The {name} lists a segment id twice. Give each segment its own id.")
+        return cls(by_id, name, array)
 
 
 def count_overlaps(predicted_map: NDArray[np.integer], target_map: NDArray[np.integer]) -> dict[tuple[int, int], int]:
@@ -203,34 +204,41 @@ def count_overlaps(predicted_map: NDArray[np.integer], target_map: NDArray[np.in
     predicted, target = predicted_map.ravel(), target_map.ravel()
     if predicted.size == 0:
         return {}
-    changes = (predicted[1:] != predicted[:-1]) | (target[1:] != target[:-1])
+    changes = predicted[1:] != predicted[:-1]
+    changes |= target[1:] != target[:-1]
     starts = np.concatenate([[0], np.flatnonzero(changes) + 1])
-    lengths = np.diff(starts, append=predicted.size)
-    predicted_ids, predicted_rank = np.unique(predicted[starts], return_inverse=True)
-    target_ids, target_rank = np.unique(target[starts], return_inverse=True)
-    pairs, pair_of_run = np.unique(predicted_rank * len(target_ids) + target_rank, return_inverse=True)
-    counts = np.bincount(pair_of_run, weights=lengths).astype(np.int64)  # exact: float64 holds integers up to 2**53
+    predicted_ids, predicted_rank = _ranks(predicted[starts])
+    target_ids, target_rank = _ranks(target[starts])
+    pair_of_run = predicted_rank * len(target_ids) + target_rank
+    # Exact: float64 holds integers up to 2**53.
+    pixels = np.bincount(pair_of_run, weights=np.diff(starts, append=predicted.size))
+    pairs = np.flatnonzero(pixels)
     predicted_rank, target_rank = np.divmod(pairs, len(target_ids))
     keys = zip(predicted_ids[predicted_rank].tolist(), target_ids[target_rank].tolist(), strict=True)
-    return dict(zip(keys, counts.tolist(), strict=True))
+    return dict(zip(keys, pixels[pairs].astype(np.int64).tolist(), strict=True))
 
 
-def _score_image(predicted: _SegmentMap, target: _SegmentMap) -> _ImageScore:
-    overlaps = count_overlaps(predicted.ids, target.ids)
-    predicted_areas: Counter[int] = Counter()
-    target_areas: Counter[int] = Counter()
-    for (predicted_id, target_id), pixels in overlaps.items():
-        predicted_areas[predicted_id] += pixels
-        target_areas[target_id] += pixels
+def _ranks(values: NDArray[np.integer]) -> tuple[NDArray[np.integer], NDArray[np.intp]]:
+    """Return the distinct values in order, and for each value its place among them."""
+    distinct = np.unique(values)
+    return distinct, np.searchsorted(distinct, values)
+
+
+def score_image(overlaps: Mapping[tuple[int, int], int], predicted: Segments, target: Segments) -> PanopticScore:
+    """Match the segments of an image, of which `overlaps` counts the pixels of every (predicted id, true id) pair."""
+    predicted_areas, target_areas = _areas(overlaps)
+    _require_positive_ids(predicted, predicted_areas)
+    _require_positive_ids(target, target_areas)
     _require_same_segments(predicted, predicted_areas)
     # The official tool takes the area of the ground truth's JSON file.
-    target_areas.update(
-        {key: info["area"] - target_areas[key] for key, info in target.segments.items() if "area" in info}
-    )
+    target_areas.update({key: info["area"] for key, info in target.segments.items() if "area" in info})
 
+    predicted_classes = {key: predicted.class_of(key) for key in predicted.segments}
+    target_classes = {key: target.class_of(key) for key in target.segments if not target.is_crowd(key)}
     matches = {}
     for (predicted_id, target_id), pixels in overlaps.items():
-        if _can_match(predicted, predicted_id, target, target_id):
+        class_id = target_classes.get(target_id)
+        if class_id is not None and predicted_classes.get(predicted_id) == class_id:
             if target_areas[target_id] < pixels:
                 raise ValueError(
                     f"Segment {target_id} in the {target.name} has area {target_areas[target_id]}, but more pixels in "
@@ -239,32 +247,32 @@ def _score_image(predicted: _SegmentMap, target: _SegmentMap) -> _ImageScore:
             over_void = overlaps.get((predicted_id, VOID), 0)
             union = predicted_areas[predicted_id] + target_areas[target_id] - pixels - over_void
             if 2 * pixels > union:
-                matches[predicted_id, target_id] = (target.class_of(target_id), pixels / union)
+                matches[predicted_id, target_id] = (class_id, pixels / union)
 
     matched_predictions = {predicted_id for predicted_id, _ in matches}
     matched_targets = {target_id for _, target_id in matches}
-    missed = [key for key in target.segments if key not in matched_targets and not target.is_crowd(key)]
+    missed = [class_id for key, class_id in target_classes.items() if key not in matched_targets]
     false_positives = [
-        key
-        for key in predicted.segments
+        class_id
+        for key, class_id in predicted_classes.items()
         if key not in matched_predictions
         and 2 * _ignored_pixels(predicted, key, target, overlaps) <= predicted_areas[key]
     ]
-    errors = [*map(target.class_of, missed), *map(predicted.class_of, false_positives)]
-    return _ImageScore(matches=tuple(matches.values()), errors=tuple(errors))
+    return {"matches": list(matches.values()), "errors": [*missed, *false_positives]}
 
 
-def _can_match(predicted: _SegmentMap, predicted_id: int, target: _SegmentMap, target_id: int) -> bool:
-    return (
-        predicted_id in predicted.segments
-        and target_id in target.segments
-        and not target.is_crowd(target_id)
-        and predicted.class_of(predicted_id) == target.class_of(target_id)
-    )
+def _areas(overlaps: Mapping[tuple[int, int], int]) -> tuple[dict[int, int], dict[int, int]]:
+    """Count the pixels of every predicted id and of every true id."""
+    predicted_areas: dict[int, int] = defaultdict(int)
+    target_areas: dict[int, int] = defaultdict(int)
+    for (predicted_id, target_id), pixels in overlaps.items():
+        predicted_areas[predicted_id] += pixels
+        target_areas[target_id] += pixels
+    return predicted_areas, target_areas
 
 
 def _ignored_pixels(
-    predicted: _SegmentMap, predicted_id: int, target: _SegmentMap, overlaps: Mapping[tuple[int, int], int]
+    predicted: Segments, predicted_id: int, target: Segments, overlaps: Mapping[tuple[int, int], int]
 ) -> int:
     """Count a predicted segment's pixels on void and on the crowd segment of its class."""
     class_id = predicted.class_of(predicted_id)
@@ -273,7 +281,14 @@ def _ignored_pixels(
     return sum(overlaps.get((predicted_id, key), 0) for key in (VOID, *crowds[-1:]))
 
 
-def _require_same_segments(predicted: _SegmentMap, areas: Mapping[int, int]) -> None:
+def _require_positive_ids(segments: Segments, areas: Mapping[int, int]) -> None:
+    if min(areas, default=VOID) < VOID or min(segments.segments, default=VOID + 1) <= VOID:
+        raise ValueError(
+            f"The {segments.name} uses ids below 1. 0 is void; add 1 to maps that start at 0 and have -1 where nothing is."
+        )
+
+
+def _require_same_segments(predicted: Segments, areas: Mapping[int, int]) -> None:
     """Refuse what the official tool refuses: segments without pixels, and pixels without a segment."""
     unlisted = sorted(areas.keys() - predicted.segments.keys() - {VOID})
     empty = sorted(predicted.segments.keys() - areas.keys())
@@ -302,7 +317,3 @@ def _mean_quality(qualities: Sequence[Mapping[str, float]]) -> dict[str, float |
     count = len(qualities)
     means = {key: math.fsum(quality[key] for quality in qualities) / max(count, 1) for key in ("pq", "sq", "rq")}
     return {**means, "n": count}
-
-
-def _to_numpy(values: ArrayLike | torch.Tensor) -> NDArray[Any]:
-    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
