@@ -84,14 +84,14 @@ def compute_matching_costs(
         embedding = sample_maps(pixel_embedding[image : image + 1], image_points)[0]  # (D, P)
         label_cost = -class_logits[:, image].softmax(-1)[:, :, labels]
         mask_cost = torch.stack(
-            [_mask_cost(level @ embedding, targets, weights) for level in mask_embeddings[:, image]]
+            [compute_mask_costs(level @ embedding, targets, weights) for level in mask_embeddings[:, image]]
         )
         costs.append(weights.label * label_cost + mask_cost)
     return costs
 
 
-def _mask_cost(logits: Tensor, targets: Tensor, weights: CostWeights) -> Tensor:
-    """Weighted cross entropy and dice costs of all pairs: logits (Q, P) and targets (T, P) to (Q, T)."""
+def compute_mask_costs(logits: Tensor, targets: Tensor, weights: CostWeights) -> Tensor:
+    """Weighted cross entropy and dice costs of all pairs: logits (Q, P) and targets (T, P) in [0, 1] to (Q, T)."""
     num_points = logits.shape[1]
     # softplus(x) - x y is the binary cross entropy of logit x and target y.
     cross_entropy = (nn.functional.softplus(logits).sum(1)[:, None] - logits @ targets.T) / num_points

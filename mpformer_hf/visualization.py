@@ -2,13 +2,14 @@
 
 `draw_segments` draws one image; `draw_comparison` puts image, ground truth and predictions of several images side by side.
 Both take every form in which segments occur here, see `read_segments`: results of the image processor, results of
-`pipeline("image-segmentation")`, and ground-truth masks.
+`pipeline("image-segmentation")`, and ground-truth masks. `draw_layers` shows one query's mask at every decoder layer.
 
-Axes: n segments, H W image.
+Axes: n segments, V levels, H W image.
 """
 
 import colorsys
 import functools
+import itertools
 import math
 import zlib
 from collections import Counter
@@ -123,6 +124,64 @@ def draw_comparison(
         for number, image in enumerate(images)
     ]
     return _arrange(rows, ["image", *columns], panel_size)
+
+
+def draw_layers(
+    image: Image.Image | np.ndarray | Tensor,
+    masks: Tensor | np.ndarray,
+    *,
+    title: str = "",
+    ground_truth: Tensor | np.ndarray | None = None,
+    next_iou: Sequence[float] | None = None,
+    notes: Sequence[str] | None = None,
+    panel_size: int = 256,
+    columns: int = 6,
+) -> Image.Image:
+    """Show the mask of one query at every level beside the image (MP-Former, figure 3).
+
+    Under each panel stands the IoU of its mask with the ground truth, where there is one (it is drawn as an outline), and
+    with the mask of the next level. Two empty masks have IoU 1.
+
+    Args:
+        image: PIL image, uint8 array (H, W, 3), or uint8 tensor (3, H, W).
+        masks: bool, (V, H, W), True inside, level 0 first; `enlarge_masks` of `layer_consistency.py` makes them.
+        title: written above everything.
+        ground_truth: bool, (H, W), the segment that the query stands for.
+        next_iou: IoU of each level but the last with the next, where it is known from the mask logits
+            (`LayerConsistency.query_iou[:, query]`); `None`: computed from `masks`.
+        notes: a line for each level, written after its name.
+        panel_size: longer side of each panel in pixels.
+        columns: panels in a row.
+
+    Returns:
+        RGB image.
+    """
+    picture = _to_rgb(image)
+    levels = [] if np.ndim(masks) < 3 else [_to_tensor(mask).bool() for mask in masks]  # noqa: PLR2004 - (V, H, W)
+    truth = None if ground_truth is None else _to_tensor(ground_truth).bool()
+    for mask in [*levels, *([] if truth is None else [truth])] or [torch.zeros(())]:
+        if tuple(mask.shape) != (picture.height, picture.width):
+            raise ValueError(
+                f"Expected masks (levels, {picture.height}, {picture.width}), at the size of the image, and one such mask "
+                f"as ground truth, got {tuple(mask.shape)} for one level. `enlarge_masks` brings mask logits to that size."
+            )
+    if next_iou is None:
+        next_iou = [_mask_iou(one, other) for one, other in itertools.pairwise(levels)]
+    if len(next_iou) != len(levels) - 1 or (notes is not None and len(notes) != len(levels)):
+        raise ValueError(
+            f"Expected one `next_iou` for each of the {len(levels)} levels but the last, and one of `notes` for each, got "
+            f"{len(next_iou)} and {len(notes or ())}."
+        )
+    panels = [
+        (_draw_layer(picture, None, truth, panel_size), ["image" if truth is None else "image, segment outlined"])
+    ]
+    for number, mask in enumerate(levels):
+        lines = [f"level {number}" + (" (last)" if number == len(levels) - 1 else "")]
+        lines += [] if notes is None else [notes[number]]
+        lines += [] if truth is None else [f"IoU with segment: {_mask_iou(mask, truth):.2f}"]
+        lines += [f"IoU with level {number + 1}: {next_iou[number]:.2f}"] if number < len(levels) - 1 else []
+        panels.append((_draw_layer(picture, mask, truth, panel_size), lines))
+    return _arrange_panels(panels, title, panel_size, columns)
 
 
 def read_segments(result: Any, id2label: Mapping[int, str] | None = None) -> list[DrawnSegment]:  # noqa: ANN401
@@ -342,6 +401,39 @@ def _outline(mask: Tensor, width: int) -> Tensor:
     return mask & near_outside
 
 
+LAYER_COLOR: Color = (240, 110, 0)  # stands out from grey, and from the white outline
+
+
+def _draw_layer(picture: Image.Image, mask: Tensor | None, truth: Tensor | None, longest_side: int) -> Image.Image:
+    """Draw the panel of one level: mask and outline on the image in pale grey; without a mask the image as it is."""
+    masks = {"mask": mask, "truth": truth}
+    segments = [DrawnSegment(each, 0, name) for name, each in masks.items() if each is not None]
+    picture, segments = _resize(picture, segments, longest_side)
+    drawn = {segment.label: segment.mask for segment in segments}
+    if mask is not None:
+        # Pale, so that neither the mask's colour nor the outline depends on what the image shows.
+        picture = Image.blend(picture.convert("L").convert("RGB"), Image.new("RGB", picture.size, "white"), 0.45)
+    if "mask" in drawn:
+        picture = to_pil_image(
+            draw_segmentation_masks(pil_to_tensor(picture), drawn["mask"], alpha=0.7, colors=[LAYER_COLOR])
+        )
+    if "truth" in drawn:
+        # White, then black, so that it shows on any background; outside of the segment, so that it hides nothing in it.
+        width = max(1, round(longest_side / 160))
+        white = _outline(~drawn["truth"], width)
+        rims = torch.stack([_outline(~drawn["truth"], 2 * width) & ~white, white])
+        picture = to_pil_image(
+            draw_segmentation_masks(pil_to_tensor(picture), rims, alpha=1.0, colors=[(0, 0, 0), (255, 255, 255)])
+        )
+    return picture
+
+
+def _mask_iou(one: Tensor, other: Tensor) -> float:
+    """IoU of two masks; 1 if both are empty."""
+    union = int((one | other).sum())
+    return int((one & other).sum()) / union if union else 1.0
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Words
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,6 +557,36 @@ def _draw_pointer(draw: ImageDraw.ImageDraw, box: _Box, mask: np.ndarray, color:
 # ---------------------------------------------------------------------------------------------------------------------
 # Side by side
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def _arrange_panels(
+    panels: Sequence[tuple[Image.Image, Sequence[str]]], title: str, panel_size: int, columns: int
+) -> Image.Image:
+    """Put pictures side by side, `columns` in a row, each over its lines of words, white between them."""
+    gap = max(6, panel_size // 32)
+    font = ImageFont.load_default(max(12, panel_size // 18))
+    title_font = ImageFont.load_default(max(14, panel_size // 15))
+    line_height = math.ceil(font.getbbox("Ag")[3]) + 3
+    title_height = math.ceil(title_font.getbbox("Ag")[3]) + gap if title else 0
+    cell_width = max(picture.width for picture, _ in panels)
+    cell_width = max(cell_width, *(math.ceil(font.getlength(line)) for _, lines in panels for line in lines))
+    picture_height = max(picture.height for picture, _ in panels)
+    cell_height = picture_height + 4 + line_height * max(len(lines) for _, lines in panels)
+    columns = max(1, min(columns, len(panels)))
+    width = max(columns * (cell_width + gap), math.ceil(title_font.getlength(title)) + gap) + gap
+    height = title_height + math.ceil(len(panels) / columns) * (cell_height + gap) + gap
+    table = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(table)
+    draw.text((gap, gap), title, fill="black", font=title_font, anchor="la")
+    for number, (picture, lines) in enumerate(panels):
+        row, column = divmod(number, columns)
+        left, top = gap + column * (cell_width + gap), title_height + gap + row * (cell_height + gap)
+        center = left + cell_width / 2
+        table.paste(picture, (left + (cell_width - picture.width) // 2, top))
+        for index, line in enumerate(lines):
+            position = (center, top + picture_height + 4 + index * line_height)
+            draw.text(position, line, fill="black", font=font, anchor="ma")
+    return table
 
 
 def _arrange(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], column_width: int) -> Image.Image:

@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +32,16 @@ class SegmentationRow(TypedDict):
     """An image and its segments.
 
     `image_id` is unique in its data set, `image` is RGB, `mask_labels` is bool (n, H, W) with True inside the segment,
-    `class_labels` is int64 (n,). An image without segments has zero of both.
+    `class_labels` is int64 (n,). An image without segments has zero of both. `crowd_masks`, bool (c, H, W), and `crowd_labels`,
+    int64 (c,), are regions of many objects of a class that nobody separated: no segments, but scores know them.
     """
 
     image_id: int
     image: Image.Image
     mask_labels: NDArray[np.bool_]
     class_labels: NDArray[np.int64]
+    crowd_masks: NotRequired[NDArray[np.bool_]]
+    crowd_labels: NotRequired[NDArray[np.int64]]
 
 
 class SegmentationDataset(Protocol):

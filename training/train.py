@@ -42,6 +42,7 @@ from mpformer_hf.model_inspection import CARD_FILE
 from training.arguments import RecipeError, TrainingArguments, parse_arguments
 from training.data import SegmentationDataset, SegmentationRow, load_segmentation_dataset
 from training.evaluation import GROUPS, evaluate_panoptic, format_scores, leave_stopping_to_parent
+from training.folders import complete_or_nothing, write_text
 from training.stopping import Stopped, stop_signals
 
 RECIPE_FILE = "recipe.yaml"
@@ -545,36 +546,11 @@ def require_usable_folder(folder: Path) -> None:
         raise RecipeError(f"`output_dir` {folder} cannot be made: {folder.parent} may not be written.")
 
 
-@contextmanager
-def complete_or_nothing(folder: Path) -> Iterator[Path]:
-    """Give an empty folder that takes the place of `folder`, and of all that was in it, if the block ends well."""
-    for leftover in folder.parent.glob(f".{folder.name}.unfinished-*"):
-        shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed while it saved
-    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
-    previous = folder.with_name(f".{folder.name}.previous-{os.getpid()}")
-    unfinished.mkdir()
-    try:
-        yield unfinished
-        if folder.exists():
-            folder.rename(previous)
-        unfinished.rename(folder)
-        shutil.rmtree(previous, ignore_errors=True)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def keep_card_of_person(previous: Path, folder: Path) -> None:
     """Carry a README.md that a person has written, or changed, into the folder that takes the place of its own."""
     card = previous / CARD_FILE
     if card.is_file() and is_by_a_person(card.read_text(encoding="utf-8", errors="replace")):
         shutil.copy2(card, folder / CARD_FILE)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that is complete whenever it is there."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
 
 
 if __name__ == "__main__":

@@ -47,12 +47,18 @@ def executable(path: Path, body: str) -> Path:
     return path
 
 
+def path_with_browser(checkout: Path) -> str:
+    """The path with something in front that `.ci/run` takes for a browser, so that it installs none."""
+    executable(checkout / "bin/chromium", "exit 1")
+    return f"{checkout / 'bin'}:{os.environ['PATH']}"
+
+
 def test_ci_runs_the_command_of_the_readme_with_a_folder_for_the_environment_that_is_gone_afterwards(checkout):
     readme = (
         '# Title\n```bash\nfalse\n```\n<!-- test command -->\n\n```bash\necho "in $VENV"\n```\n```bash\nfalse\n```\n'
     )
     (checkout / "README.md").write_text(readme)
-    outcome = run(BASH, checkout / ".ci/run")
+    outcome = run(BASH, checkout / ".ci/run", PATH=path_with_browser(checkout))
     assert outcome.returncode == 0, outcome.stderr
     *_, last = outcome.stdout.splitlines()
     environment = Path(last.removeprefix("in "))
@@ -62,7 +68,39 @@ def test_ci_runs_the_command_of_the_readme_with_a_folder_for_the_environment_tha
 
 def test_ci_fails_when_the_command_fails(checkout):
     (checkout / "README.md").write_text("<!-- test command -->\n```bash\nexit 3\n```\n")
-    assert run(BASH, checkout / ".ci/run").returncode == 3
+    assert run(BASH, checkout / ".ci/run", PATH=path_with_browser(checkout)).returncode == 3
+
+
+@pytest.mark.parametrize(
+    ("user", "apt_get", "calls", "is_announced"),
+    [
+        (0, "exit 0", ["update", "install --yes --no-install-recommends chromium"], False),
+        (0, "exit 100", ["update"], True),
+        (0, None, [], True),
+        (1000, "exit 0", [], True),
+    ],
+    ids=["installed", "apt-get fails", "no apt-get", "not root"],
+)
+def test_ci_tries_to_install_a_browser_and_goes_on_without(checkout, user, apt_get, calls, is_announced):
+    (checkout / "README.md").write_text("<!-- test command -->\n```bash\necho ran\n```\n")
+    tools = checkout / "bin"
+    tools.mkdir()
+    for tool in ("awk", "bash", "cat", "dirname", "grep", "mktemp", "rm", "timeout"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    executable(tools / "id", f"echo {user}")
+    if apt_get is not None:
+        executable(tools / "apt-get", f'echo "$*" >>"{checkout}/calls"; echo noise; echo noise >&2; {apt_get}')
+    outcome = run(BASH, checkout / ".ci/run", PATH=str(tools))
+    announced = ["chromium could not be installed: the test that looks at a page in a browser will be skipped."]
+    assert (outcome.returncode, outcome.stderr) == (0, "")
+    assert outcome.stdout.splitlines() == [
+        *(announced if is_announced else []),
+        "The test command of README.md:",
+        "echo ran",
+        "ran",
+    ]
+    assert (calls_of(checkout, "") if calls else []) == calls
+    assert (checkout / "calls").exists() == bool(calls)
 
 
 @pytest.mark.parametrize(

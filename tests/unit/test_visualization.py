@@ -10,7 +10,14 @@ from PIL import Image, ImageChops
 from transformers import Mask2FormerImageProcessor
 
 from mpformer_hf import visualization
-from mpformer_hf.visualization import DrawnSegment, class_palette, draw_comparison, draw_segments, segment_color
+from mpformer_hf.visualization import (
+    DrawnSegment,
+    class_palette,
+    draw_comparison,
+    draw_layers,
+    draw_segments,
+    segment_color,
+)
 
 NAMES = {0: "sky", 1: "boat", 2: "gull"}
 GREY = Image.new("RGB", (120, 80), (100, 100, 100))
@@ -327,3 +334,92 @@ def test_what_cannot_be_drawn_is_explained(result, message):
 def test_a_column_needs_one_result_for_each_image():
     with pytest.raises(ValueError, match="'prediction' has 1 results for 2 images"):
         draw_comparison([GREY, GREY], {"prediction": [[]]})
+
+
+def layer_masks():
+    """Masks (3, 80, 120) of three levels: a square, the same shifted by half of it, and nothing."""
+    masks = np.zeros((3, 80, 120), dtype=bool)
+    masks[0, 20:60, 20:60] = masks[1, 20:60, 40:80] = True
+    return masks
+
+
+def written_lines(monkeypatch):
+    """Collect all words that are drawn."""
+    lines = []
+    original = visualization.ImageDraw.ImageDraw.text
+
+    def text(self, position, words, **options):
+        lines.append(words)
+        return original(self, position, words, **options)
+
+    monkeypatch.setattr(visualization.ImageDraw.ImageDraw, "text", text)
+    return lines
+
+
+def test_under_each_level_stand_its_overlaps_with_the_segment_and_the_next_level(monkeypatch):
+    lines = written_lines(monkeypatch)
+    notes = ["matched", "not matched", "matched"]
+    draw_layers(GREY, layer_masks(), title="query 4", ground_truth=layer_masks()[0], notes=notes)
+    # Two squares of 40 x 40 that share 40 x 20: 800 of 2400 pixels.
+    assert lines == [
+        *("query 4", "image, segment outlined"),
+        *("level 0", "matched", "IoU with segment: 1.00", "IoU with level 1: 0.33"),
+        *("level 1", "not matched", "IoU with segment: 0.33", "IoU with level 2: 0.00"),
+        *("level 2 (last)", "matched", "IoU with segment: 0.00"),
+    ]
+
+
+def test_without_a_segment_only_the_levels_are_compared_by_the_numbers_given(monkeypatch):
+    lines = written_lines(monkeypatch)
+    draw_layers(GREY, torch.from_numpy(layer_masks()), next_iou=[0.25, 0.75])
+    expected = ["image", "level 0", "IoU with level 1: 0.25", "level 1", "IoU with level 2: 0.75", "level 2 (last)"]
+    assert [line for line in lines if line] == expected
+
+
+def test_two_empty_levels_agree(monkeypatch):
+    lines = written_lines(monkeypatch)
+    draw_layers(GREY, np.zeros((2, 80, 120), dtype=bool))
+    assert "IoU with level 1: 1.00" in lines
+
+
+def test_each_level_shows_its_own_mask_and_the_outline_of_the_segment_around_it():
+    picture = np.asarray(draw_layers(GREY, layer_masks(), ground_truth=layer_masks()[0], panel_size=240)).astype(int)
+    # Each panel of a level begins and ends with pale grey; that of the image is darker.
+    pale = np.array([round(100 + 0.45 * 155)] * 3)
+    is_orange = (picture[..., 0] - picture[..., 2]) > 60
+    is_pale = (np.abs(picture - pale) <= 1).all(axis=-1)
+    panels = [np.flatnonzero(is_pale[10])[0]]
+    panels += [
+        column for column, before in itertools.pairwise(np.flatnonzero(is_pale[10])[::-1]) if column - before > 1
+    ][::-1]
+    areas = [is_orange[:, left : left + 240].sum() for left in panels]
+    # Squares twice as large as in the image; the outline, 2 pixels white and 2 black, lies outside of the first.
+    assert areas == [80 * 80, 80 * 80 - 4 * 80, 0]
+    left = panels[0]
+    rows = np.flatnonzero(is_orange[:, left : left + 240].any(axis=1))
+    assert (picture[rows[0] - 1, left + 60] == 255).all(), "white around the segment"
+    assert (picture[rows[0] - 3, left + 60] == 0).all(), "black around the white"
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(6, 1), (4, 1), (2, 2), (1, 4)])
+def test_levels_that_do_not_fit_into_a_row_go_into_the_next(columns, rows):
+    one, several = (draw_layers(GREY, layer_masks(), panel_size=120, columns=number) for number in (4, columns))
+    if rows == 1:
+        assert several.tobytes() == one.tobytes()
+    assert several.width == one.width if rows == 1 else several.width < one.width
+    assert several.height > (rows - 0.5) * one.height
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"masks": np.ones((2, 40, 60))}, r"Expected masks \(levels, 80, 120\).*got \(40, 60\).*enlarge_masks"),
+        ({"masks": np.ones((80, 120))}, r"got \(\)"),
+        ({"ground_truth": np.ones((1, 80, 120))}, r"got \(1, 80, 120\)"),
+        ({"next_iou": [0.5] * 3}, "3 levels but the last.*got 3 and 0"),
+        ({"notes": ["a"]}, "3 levels but the last.*got 2 and 1"),
+    ],
+)
+def test_layers_that_cannot_be_drawn_are_explained(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        draw_layers(GREY, **{"masks": layer_masks(), **arguments})

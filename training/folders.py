@@ -1,0 +1,37 @@
+"""Folders and files that are complete whenever they are there."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def complete_or_nothing(folder: Path) -> Iterator[Path]:
+    """Give an empty folder that takes the place of `folder`, and of all that was in it, if the block ends well."""
+    for leftover in folder.parent.glob(f".{folder.name}.unfinished-*"):
+        shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed while it saved
+    unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        replace_folder(folder, unfinished)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def replace_folder(folder: Path, complete: Path) -> None:
+    """Put a complete folder in the place of another, and of all that was in it."""
+    previous = folder.with_name(f".{folder.name}.previous-{os.getpid()}")
+    if folder.exists():
+        folder.rename(previous)
+    complete.rename(folder)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is complete whenever it is there."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
