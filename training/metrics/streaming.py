@@ -4,7 +4,7 @@
 whole data set would fill the disk; one line of JSON an image does not.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -22,7 +22,7 @@ CITATION = """\
 }"""
 
 
-class StreamingMetric(evaluate.Metric):
+class StreamingMetric(evaluate.Metric, ABC):
     """A metric that scores each image in the process that adds it.
 
     Load it with `evaluate.load`, whose arguments `num_process`, `process_id` and `experiment_id` say which processes on one file system
@@ -35,11 +35,20 @@ class StreamingMetric(evaluate.Metric):
 
     def __init__(self, config_name: str | None = None, **options: Any) -> None:
         """Take the options of `evaluate.load` and those of the metric."""
-        own = {name: options.pop(name) for name in tuple(options) if name not in OPTIONS_OF_EVALUATE}
-        self._settings = own
+        self.options = {name: options.pop(name) for name in tuple(options) if name not in OPTIONS_OF_EVALUATE}
         self._added: set[ImageId] = set()
         self._make_scores()  # before anything is added, so that wrong classes are named here
         super().__init__(config_name=config_name, **options)
+
+    def option(self, name: str) -> Any:  # noqa: ANN401 - whatever the metric takes
+        """Look up an option of `evaluate.load` without which the metric cannot work."""
+        if name not in self.options:
+            raise ValueError(f"`{name}` is missing. Pass it to evaluate.load, as in evaluate.load(path, {name}=...).")
+        return self.options[name]
+
+    def further_options(self, *names: str) -> dict[str, Any]:
+        """Options of `evaluate.load` without those named."""
+        return {name: value for name, value in self.options.items() if name not in names}
 
     @abstractmethod
     def _make_scores(self) -> ImageScores:
