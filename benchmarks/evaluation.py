@@ -5,6 +5,10 @@ Images of 640 x 480 with 20 segments each, whose shapes are ellipses with wavy o
 instance: `AveragePrecision`, adding and computing, against pycocotools (loadRes, evaluate, accumulate, summarize), both from
 run lengths in memory. A prediction is its object, moved and deformed a little, three times out of twenty with another class.
 
+panoptic: `PanopticQuality`, adding and computing, against the plain numpy algorithm of the definition, which takes the distinct values of
+the maps of both and of their pairs, as panopticapi does, both from maps of ids in memory; and both from PNG files in memory, of which
+decoding takes most. Some scenes, the same shapes laid over one another, are used again and again: 5000 maps would not fit.
+
 Runs are interleaved and the minimum counts, because other work on the machine can only make a run slower. Memory is the peak
 resident set of a child process of its own, minus that before the run, which reads its images from lines of JSON one by one
 (pycocotools: all at once, because it wants a list), so that no string is shared with the benchmark or between two images.
@@ -16,26 +20,31 @@ import io
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, field
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from benchmarks.measuring import measure_added_memory, measure_times, write_report
 from mpformer_hf.mask_encoding import decode_rle, encode_cropped_rle
 from training.metrics.average_precision import AveragePrecision
+from training.metrics.panoptic_quality import PanopticQuality
+from training.official_files import decode_segment_ids, encode_segment_ids
 
 HEIGHT, WIDTH = 480, 640
 RADII = (8, 140)
 WAVES = (2, 3, 5, 9)  # around an outline
 NUM_CLASSES = 80
 NUM_SHAPES = 500  # drawn once; every image takes some of them
+NUM_SCENES = 100  # panoptic
 SHARE_OF_WRONG_CLASSES = 0.15
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -177,11 +186,183 @@ def run_instances_for_memory(name: str, case: Case) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Panoptic
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PanopticScene:
+    """A true and a predicted map, uint32 (H, W), with their segments in the official form, and both as PNG files."""
+
+    target_map: np.ndarray
+    targets: list[dict[str, int]]
+    predicted_map: np.ndarray
+    predictions: list[dict[str, int]]
+    target_png: bytes
+    predicted_png: bytes
+
+
+def make_scenes(segments: int) -> list[PanopticScene]:
+    """Lay shapes over one another, with ids as large as those of colours; the last segment fills the background."""
+    generator = np.random.default_rng(0)
+    return [make_scene(segments, generator) for _ in range(NUM_SCENES)]
+
+
+def make_scene(segments: int, generator: np.random.Generator) -> PanopticScene:
+    """Draw one scene; a strip at the top is void."""
+    ids = generator.choice(256**3 - 1, (2, segments), replace=False).astype(np.uint32) + 1
+    classes = generator.integers(1, NUM_CLASSES + 1, segments)
+    found = np.where(generator.random(segments) < SHARE_OF_WRONG_CLASSES, classes % NUM_CLASSES + 1, classes)
+    maps = np.zeros((2, HEIGHT, WIDTH), dtype=np.uint32)
+    maps[:, HEIGHT // 20 :] = ids[:, -1, None, None]
+    for number in range(segments - 1):
+        for layer, shape in enumerate(draw_shape(generator)):
+            maps[layer][decode_rle(shape).numpy()] = ids[layer, number]
+    return PanopticScene(
+        maps[0],
+        list_segments(maps[0], ids[0], classes),
+        maps[1],
+        list_segments(maps[1], ids[1], found),
+        *map(write_png, maps),
+    )
+
+
+def list_segments(ids_of_pixels: np.ndarray, ids: np.ndarray, classes: np.ndarray) -> list[dict[str, int]]:
+    """List the segments that are left of those that were drawn."""
+    visible = set(np.unique(ids_of_pixels).tolist())
+    pairs = zip(ids.tolist(), classes.tolist(), strict=True)
+    return [{"id": key, "category_id": class_id} for key, class_id in pairs if key in visible]
+
+
+def write_png(ids: np.ndarray) -> bytes:
+    """PNG file of a map of ids."""
+    file = io.BytesIO()
+    encode_segment_ids(ids).save(file, "png")
+    return file.getvalue()
+
+
+def score_panoptic(scenes: Iterable[PanopticScene], from_png: bool = False) -> list[float]:
+    """Ours: PQ, SQ and RQ of all classes."""
+    quality = PanopticQuality(range(1, NUM_CLASSES + 1), [])
+    for number, scene in enumerate(scenes):
+        maps = (scene.predicted_map, scene.target_map)
+        if from_png:
+            maps = tuple(
+                decode_segment_ids(Image.open(io.BytesIO(png))) for png in (scene.predicted_png, scene.target_png)
+            )
+        quality.add(number, maps[0], scene.predictions, maps[1], scene.targets)
+    scores = quality.compute()["All"]
+    return [scores["pq"], scores["sq"], scores["rq"]]
+
+
+def score_panoptic_plainly(scenes: Iterable[PanopticScene], from_png: bool = False) -> list[float]:
+    """Compute the same with numpy, pixel by pixel, as the definition says."""
+    sums = PlainSums()
+    for scene in scenes:
+        maps = (scene.predicted_map, scene.target_map)
+        if from_png:
+            maps = tuple(
+                add_colors(np.asarray(Image.open(io.BytesIO(png)))) for png in (scene.predicted_png, scene.target_png)
+            )
+        add_plainly(sums, maps[0], scene.predictions, maps[1], scene.targets)
+    per_class = []
+    for class_id in range(1, NUM_CLASSES + 1):
+        iou, matches, errors = sums.iou[class_id], sums.matches[class_id], sums.errors[class_id]
+        if matches + errors:
+            total = matches + errors / 2
+            per_class.append((iou / total, iou / matches if matches else 0.0, matches / total))
+    return np.mean(per_class, axis=0).tolist()
+
+
+def add_colors(pixels: np.ndarray) -> np.ndarray:
+    """Return the id that each pixel's colour stands for."""
+    colors = pixels.astype(np.uint32)
+    return colors[..., 0] + 256 * colors[..., 1] + 256**2 * colors[..., 2]
+
+
+@dataclass
+class PlainSums:
+    """Sums over images, by class."""
+
+    iou: Counter[int] = field(default_factory=Counter)
+    matches: Counter[int] = field(default_factory=Counter)
+    errors: Counter[int] = field(default_factory=Counter)
+
+
+def add_plainly(
+    sums: PlainSums,
+    predicted: np.ndarray,
+    predictions: list[dict[str, int]],
+    target: np.ndarray,
+    targets: list[dict[str, int]],
+) -> None:
+    """Add one image without crowd: distinct values of both maps and of their pairs, then a loop over the pairs."""
+    predicted_areas, target_areas = (
+        dict(zip(*(values.tolist() for values in np.unique(ids, return_counts=True)), strict=True))
+        for ids in (predicted, target)
+    )
+    predicted_class, target_class = (
+        {one["id"]: one["category_id"] for one in listed} for listed in (predictions, targets)
+    )
+    offset = 256**3
+    pairs, counts = np.unique(target.astype(np.uint64) * offset + predicted.astype(np.uint64), return_counts=True)
+    overlaps = {
+        (pair // offset, pair % offset): count for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True)
+    }
+    matched_targets, matched_predictions = set(), set()
+    for (true_id, predicted_id), pixels in overlaps.items():
+        if true_id in target_class and target_class[true_id] == predicted_class.get(predicted_id):
+            union = predicted_areas[predicted_id] + target_areas[true_id] - pixels - overlaps.get((0, predicted_id), 0)
+            if pixels / union > 0.5:  # noqa: PLR2004 - the definition
+                sums.iou[target_class[true_id]] += pixels / union
+                sums.matches[target_class[true_id]] += 1
+                matched_targets.add(true_id)
+                matched_predictions.add(predicted_id)
+    for true_id, class_id in target_class.items():
+        sums.errors[class_id] += true_id not in matched_targets
+    for predicted_id, class_id in predicted_class.items():
+        is_void = overlaps.get((0, predicted_id), 0) / predicted_areas[predicted_id] > 0.5  # noqa: PLR2004
+        sums.errors[class_id] += predicted_id not in matched_predictions and not is_void
+
+
+PANOPTIC_RUNS = {"ours": score_panoptic, "numpy": score_panoptic_plainly}
+
+
+def measure_panoptic(case: Case, repeats: int) -> dict[str, Any]:
+    """Compare both, and the numbers that they compute."""
+    scenes = make_scenes(case.segments)
+    numbers: dict[str, list[float]] = {}
+
+    def make_run(name: str, from_png: bool) -> Callable[[], None]:
+        return lambda: numbers.update({name: PANOPTIC_RUNS[name](islice(cycle(scenes), case.images), from_png)})
+
+    runs = {(name, from_png): make_run(name, from_png) for from_png in (False, True) for name in PANOPTIC_RUNS}
+    names = {key: f"{key[0]}{', PNG files' if key[1] else ''}" for key in runs}
+    seconds = measure_times({names[key]: run for key, run in runs.items()}, repeats, "cpu", "panoptic")
+    return {
+        "scenes": len(scenes),
+        "seconds": seconds,
+        "added MiB": {name: measure_memory("panoptic", name, case) for name in PANOPTIC_RUNS},
+        "times as fast as numpy": seconds["numpy"]["min"] / seconds["ours"]["min"],
+        "times as fast as numpy, PNG files": seconds["numpy, PNG files"]["min"] / seconds["ours, PNG files"]["min"],
+        "numbers": dict(zip(("PQ", "SQ", "RQ"), numbers["ours"], strict=True)),
+        "largest difference": max(abs(ours - theirs) for ours, theirs in zip(*numbers.values(), strict=True)),
+    }
+
+
+def run_panoptic_for_memory(name: str, case: Case) -> float:
+    """MiB that one run from PNG files adds to this process."""
+    scenes = make_scenes(case.segments)
+    PANOPTIC_RUNS[name](scenes[:1], True)  # what is loaded at the first use
+    return measure_added_memory(lambda: PANOPTIC_RUNS[name](islice(cycle(scenes), case.images), True), "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # All
 # ---------------------------------------------------------------------------------------------------------------------
 
-PARTS = {"instance": measure_instances}
-MEMORY_RUNS = {"instance": run_instances_for_memory}
+PARTS = {"instance": measure_instances, "panoptic": measure_panoptic}
+MEMORY_RUNS = {"instance": run_instances_for_memory, "panoptic": run_panoptic_for_memory}
 
 
 def measure_memory(part: str, name: str, case: Case) -> float:
