@@ -1,5 +1,6 @@
 """Folders and files that are complete whenever they are there."""
 
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 @contextmanager
 def complete_or_nothing(folder: Path) -> Iterator[Path]:
     """Give an empty folder that takes the place of `folder`, and of all that was in it, if the block ends well."""
-    for leftover in folder.parent.glob(f".{folder.name}.unfinished-*"):
+    for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.unfinished-*"):
         shutil.rmtree(leftover, ignore_errors=True)  # of a run that was killed while it saved
     unfinished = folder.with_name(f".{folder.name}.unfinished-{os.getpid()}")
     unfinished.mkdir()
@@ -23,11 +24,11 @@ def complete_or_nothing(folder: Path) -> Iterator[Path]:
 
 def replace_folder(folder: Path, complete: Path) -> None:
     """Put a complete folder in the place of another, and of all that was in it."""
-    previous = folder.with_name(f".{folder.name}.previous-{os.getpid()}")
     if folder.exists():
-        folder.rename(previous)
+        folder.rename(folder.with_name(f".{folder.name}.previous-{os.getpid()}"))
     complete.rename(folder)
-    shutil.rmtree(previous, ignore_errors=True)
+    for previous in folder.parent.glob(f".{glob.escape(folder.name)}.previous-*"):
+        shutil.rmtree(previous, ignore_errors=True)  # also that of a run that was killed here
 
 
 def write_text(path: Path, text: str) -> None:

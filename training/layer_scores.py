@@ -37,7 +37,7 @@ class LayerScoring:
 
     def score(self, outputs: Any, rows: Sequence[SegmentationRow]) -> list[str]:  # noqa: ANN401 - of any model
         """Score some images; a line of `LayerConsistencyScores.dump` for each."""
-        levels = read_levels(outputs)
+        levels = self._read_levels(outputs)
         lines = []
         for number, row in enumerate(rows):
             scores = LayerConsistencyScores()
@@ -48,9 +48,21 @@ class LayerScoring:
     def draw(self, row: SegmentationRow, title: str) -> Image.Image:
         """Draw the query of an image whose masks change most from level to level, of those that are matched."""
         outputs = self.predictor.run([row["image"]], **self.inputs)
-        levels, valid_size = read_levels(outputs), outputs.image_sizes[0]
+        levels, valid_size = self._read_levels(outputs), outputs.image_sizes[0]
         consistency, masks = self._compare(levels, 0, row, valid_size)
         return draw_query(row["image"], levels.of_image(0)[1], consistency, masks, valid_size, title=title)
+
+    def _read_levels(self, outputs: Any) -> LevelLogits:  # noqa: ANN401 - of any model
+        """Collect the predictions of all levels.
+
+        Raises:
+            PredictorError: the model has one level only.
+        """
+        try:
+            return level_logits(outputs)
+        except ValueError as error:
+            kind = self.predictor.model.config.model_type
+            raise PredictorError(f"--layer-consistency cannot be measured for this {kind} model: {error}") from error
 
     def _compare(
         self,
@@ -68,15 +80,3 @@ class LayerScoring:
         classes = np.array([model_class[class_id] for class_id in row["class_labels"][known].tolist()], dtype=np.int64)
         weights = matching_weights(self.predictor.model.config)
         return image_layer_consistency(*levels.of_image(number), masks, classes, valid_size, weights=weights), masks
-
-
-def read_levels(outputs: Any) -> LevelLogits:  # noqa: ANN401 - of any model
-    """Collect the predictions of all levels.
-
-    Raises:
-        PredictorError: the model has one level only.
-    """
-    try:
-        return level_logits(outputs)
-    except ValueError as error:
-        raise PredictorError(f"--layer-consistency cannot be measured: {error}") from error

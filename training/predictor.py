@@ -1,24 +1,27 @@
 """Any transformers checkpoint for universal segmentation, behind one interface: images in, results in the classes of a data set out.
 
-MPFormer, Mask2Former, MaskFormer, OneFormer, EoMT and DETR with a mask head. Post-processing is that of `MPFormerImageProcessor` for all of
-them: at the original resolution, without padding.
+MPFormer, Mask2Former, MaskFormer, OneFormer, EoMT and DETR with a mask head. Images are prepared as the checkpoint expects them
+(`load_processor`). Post-processing is that of `MPFormerImageProcessor` for all: at the original resolution, without padding.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForUniversalSegmentation, AutoProcessor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForUniversalSegmentation, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES
 
 from mpformer_hf import MPFormerImageProcessor
 from mpformer_hf.image_tiles import move_to_model
-from mpformer_hf.mask_post_processing import valid_sizes
+from mpformer_hf.mask_post_processing import MASK_STRIDE, valid_sizes
 from mpformer_hf.semantic_views import augmented_semantic_segmentation, sliding_window_semantic_segmentation
 from training.data import SegmentationDataset, Task
 
@@ -43,7 +46,8 @@ class Predictor:
         processor: makes its inputs and results.
         task: `"instance"`, `"panoptic"` or `"semantic"`.
         further_inputs: of the model beside images: the task's tokens of OneFormer.
-        sees_squares: True for models that take square images alone (EoMT); semantic maps are then made of square windows.
+        sees_squares: True for models that take square images of one size alone and see their padding, which is black (EoMT).
+        joins_windows: True if a semantic map is made of square windows side by side (EoMT, where the checkpoint says so).
     """
 
     model: nn.Module
@@ -51,6 +55,7 @@ class Predictor:
     task: Task
     further_inputs: dict[str, Tensor] = field(default_factory=dict)
     sees_squares: bool = False
+    joins_windows: bool = False
     training: bool = field(default=False, init=False)
 
     @classmethod
@@ -60,24 +65,27 @@ class Predictor:
         """Load a folder or a repository of the Hub.
 
         Raises:
-            PredictorError: it cannot be loaded, or is no model for universal segmentation of images.
+            PredictorError: it cannot be loaded, is no model for universal segmentation of images, or lacks weights.
         """
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        require_folder(name)
         try:
             config = AutoConfig.from_pretrained(name, **options)
-            if config.model_type not in SUPPORTED_MODELS and not trust_remote_code:
-                raise PredictorError(
-                    f"{name} is a {config.model_type} model. Expected one for universal segmentation of images: "
-                    f"{', '.join(SUPPORTED_MODELS)}."
-                )
-            model = AutoModelForUniversalSegmentation.from_pretrained(name, **options).eval()
-            processor = load_processor(name, config.model_type, task, options)
-            further_inputs = task_tokens(name, task, options) if config.model_type == "oneformer" else {}
-        except (OSError, ValueError, ImportError) as error:
-            if isinstance(error, PredictorError):
-                raise
+            kind = config.model_type
+            if not trust_remote_code:
+                require_supported(name, kind)
+            model, report = AutoModelForUniversalSegmentation.from_pretrained(name, output_loading_info=True, **options)
+            require_weights(name, model, report["missing_keys"])
+            processor = load_processor(name, kind, task, options)
+            further_inputs = task_tokens(name, task, config.task_seq_len, options) if kind == "oneformer" else {}
+        except PredictorError:
+            raise
+        except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
             raise PredictorError(f"{name} cannot be loaded: {error}") from error
-        return cls(model, processor, task, further_inputs, config.model_type.startswith("eomt"))
+        sees_squares = kind.startswith("eomt")
+        return cls(
+            model.eval(), processor, task, further_inputs, sees_squares, sees_squares and fills_square(processor)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -100,14 +108,21 @@ class Predictor:
 
     @torch.inference_mode()
     def __call__(self, **inputs: Any) -> Any:  # noqa: ANN401 - outputs of any model
-        """Run the model; valid sizes that it does not return are read from the pixel mask."""
+        """Run the model; valid sizes that it does not return are read from the pixel mask.
+
+        Raises:
+            PredictorError: its masks have another resolution than 1/4.
+        """
         num_images = len(inputs["pixel_values"])
+        if self.sees_squares:
+            inputs["pixel_values"] = with_black_padding(inputs["pixel_values"], inputs["pixel_mask"], self.processor)
         further = {name: values.expand(num_images, *values.shape[1:]) for name, values in self.further_inputs.items()}
         known = inspect.signature(self.model.forward).parameters
         given = {name: value for name, value in {**inputs, **further}.items() if name in known}
         outputs = self.model(**move_to_model(given, self.model))
         if not hasattr(outputs, "class_queries_logits"):  # DETR's names
-            outputs = SimpleNamespace(class_queries_logits=outputs.logits, masks_queries_logits=outputs.pred_masks)
+            outputs = DetrOutputs(class_queries_logits=outputs.logits, masks_queries_logits=outputs.pred_masks)
+        require_stride(outputs.masks_queries_logits, inputs["pixel_values"], type(self.model).__name__)
         if getattr(outputs, "image_sizes", None) is None:
             outputs.image_sizes = valid_sizes(inputs["pixel_mask"])
         return outputs
@@ -142,7 +157,7 @@ class Predictor:
         self, images: Sequence[Image.Image], target_sizes: Sequence[tuple[int, int]], labels: "LabelMap"
     ) -> list[dict[str, Any]]:
         """Run the model on some images and post-process; see `post_process`."""
-        if self.task == "semantic" and self.sees_squares:
+        if self.joins_windows:
             return [self._predict_in_windows(image, labels) for image in images]
         return self.post_process(self.run(images), target_sizes, labels)
 
@@ -165,26 +180,99 @@ SUPPORTED_MODELS = (
 )
 
 
-def load_processor(name: str, model_type: str, task: Task, options: Mapping[str, Any]) -> MPFormerImageProcessor:
-    """Make an `MPFormerImageProcessor` that prepares images as the checkpoint's own processor does."""
-    if model_type in ("mpformer", "mask2former", "maskformer", "oneformer"):
+class DetrOutputs(SimpleNamespace):
+    """DETR's outputs under the names that the other models use."""
+
+
+def require_folder(name: str) -> None:
+    """Refuse a path that is not there; for the Hub's client it would be a badly formed name of a repository."""
+    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        raise PredictorError(
+            f"{name} is no folder. Pass the folder of a saved model, or the name of a repository on the Hub (USER/NAME)."
+        )
+
+
+def require_supported(name: str, kind: str) -> None:
+    """Refuse models of other kinds."""
+    if kind not in SUPPORTED_MODELS:
+        raise PredictorError(
+            f"{name} is a {kind} model. Expected one for universal segmentation of images: {', '.join(SUPPORTED_MODELS)}."
+        )
+
+
+def require_weights(name: str, model: nn.Module, missing: Iterable[str]) -> None:
+    """Refuse a checkpoint without all weights: the others would be random, and so would the scores."""
+    parameters = {key for key, _ in model.named_parameters() if not key.startswith("criterion.")}
+    random = sorted(parameters.intersection(missing))
+    if random:
+        raise PredictorError(
+            f"{name} lacks {len(random)} of the {len(parameters)} weights of {type(model).__name__}: {few(random, 3)}. "
+            "Pass a checkpoint of a whole model for universal segmentation."
+        )
+
+
+def require_stride(mask_logits: Tensor, pixel_values: Tensor, name: str) -> None:
+    """Refuse masks that post-processing would put in the wrong places."""
+    expected = tuple(math.ceil(side / MASK_STRIDE) for side in pixel_values.shape[-2:])
+    if mask_logits.shape[-2:] != expected:
+        raise PredictorError(
+            f"{name} predicts masks of {tuple(mask_logits.shape[-2:])} cells for images of {tuple(pixel_values.shape[-2:])} pixels. "
+            f"Expected {expected}: one cell for {MASK_STRIDE} x {MASK_STRIDE} pixels. This checkpoint cannot be scored here."
+        )
+
+
+def load_processor(name: str, kind: str, task: Task, options: Mapping[str, Any]) -> MPFormerImageProcessor:
+    """Make an `MPFormerImageProcessor` that prepares images as the checkpoint expects them.
+
+    That is what its own processor does, except that the sides of a resized image are rounded and not cut off (one pixel at most), and
+    that for Mask2Former and MaskFormer images are padded to a multiple of 32, as in Detectron2, where transformers stretches them.
+    """
+    if kind in ("mpformer", "mask2former", "maskformer"):
         return MPFormerImageProcessor.from_pretrained(name, **options)
+    if kind == "oneformer":  # its own processor would have to load names of classes from the Hub
+        return MPFormerImageProcessor.from_pretrained(name, size_divisor=1, **options)
     theirs = AutoImageProcessor.from_pretrained(name, **options)
     fields = {field_name: getattr(theirs, field_name) for field_name in SHARED_FIELDS if hasattr(theirs, field_name)}
-    if not model_type.startswith("eomt"):
-        return MPFormerImageProcessor(**fields, size=dict(theirs.size))
+    if not kind.startswith("eomt"):
+        return MPFormerImageProcessor(
+            **fields, size=dict(theirs.size), pad_size=getattr(theirs, "pad_size", None), size_divisor=1
+        )
     side = min(int(length) for length in dict(theirs.size).values() if length is not None)
     square = {"height": side, "width": side}
-    # Semantic maps are made of square windows; otherwise the image is shrunk into the square, and padded.
-    size = square if task == "semantic" else {"longest_edge": side}
-    return MPFormerImageProcessor(**fields, size=size, pad_size=square)
+    # Square windows are enlarged or reduced as they are; otherwise the image is made to fit, and padded.
+    size = square if task == "semantic" and theirs.do_split_image else {"longest_edge": side}
+    return MPFormerImageProcessor(**fields, size=size, pad_size=square, size_divisor=1)
 
 
-def task_tokens(name: str, task: Task, options: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Tokens of the sentence that tells OneFormer its task."""
-    processor = AutoProcessor.from_pretrained(name, **options)
-    inputs = processor(images=[Image.new("RGB", (64, 64))], task_inputs=[task], return_tensors="pt")
-    return {"task_inputs": inputs["task_inputs"]}
+def with_black_padding(pixel_values: Tensor, pixel_mask: Tensor, processor: MPFormerImageProcessor) -> Tensor:
+    """Make the padding what black pixels are after normalisation, which our processor leaves at 0.
+
+    Args:
+        pixel_values: (B, 3, H, W).
+        pixel_mask: (B, H, W), 0 in the padding.
+        processor: which made both.
+    """
+    if not processor.do_normalize:
+        return pixel_values
+    mean, std = (
+        pixel_values.new_tensor(values).reshape(1, -1, 1, 1) for values in (processor.image_mean, processor.image_std)
+    )
+    return torch.where(pixel_mask[:, None].bool(), pixel_values, -mean / std)
+
+
+def fills_square(processor: MPFormerImageProcessor) -> bool:
+    """Whether images are stretched to a fixed size."""
+    return processor.size.height is not None
+
+
+def task_tokens(name: str, task: Task, length: int, options: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tokens, int64 (1, length), of the sentence that tells OneFormer its task; 0 behind it, as its processor writes them."""
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    tokens = tokenizer(
+        [f"the task is {task}"], padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    return {"task_inputs": tokens["input_ids"] * tokens["attention_mask"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,8 +317,17 @@ class LabelMap:
 
     @classmethod
     def by_id(cls, id2label: Mapping[int, str], dataset: SegmentationDataset) -> "LabelMap":
-        """Pair classes of the same number, whatever they are called."""
+        """Pair classes of the same number, whatever they are called.
+
+        Raises:
+            PredictorError: no number is the same.
+        """
         mapped = {key: key if key in dataset.id2label else NO_CLASS for key in id2label}
+        if all(class_id == NO_CLASS for class_id in mapped.values()):
+            raise PredictorError(
+                f"No class of the model (numbers {few(id2label)}) has the number of a class of the data set "
+                f"({few(dataset.id2label)}). Pair the classes by their names (--match-classes name)."
+            )
         return cls.of(mapped, id2label, dataset)
 
     @classmethod
@@ -275,7 +372,7 @@ def plain_name(name: str) -> str:
     return " ".join(name.casefold().replace("-", " ").replace("_", " ").split())
 
 
-def few(names: Any, limit: int = 5) -> str:  # noqa: ANN401 - any iterable of text
+def few(names: Iterable[object], limit: int = 5) -> str:
     """List the first names."""
-    listed = list(names)
+    listed = [str(name) for name in names]
     return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")

@@ -11,6 +11,7 @@ The folder with the results appears when it is complete.
 
 import argparse
 import datetime
+import inspect
 import json
 import os
 import re
@@ -43,23 +44,30 @@ from training.score_files import main as score_files
 from training.score_records import ImageRecord, RecordFolder
 from training.score_results import (
     GROUND_TRUTH,
+    OUTPUT_NAMES,
     PREDICTIONS,
     REPORT_FILE,
+    RESULTS_FILE,
     ReportMaker,
     ScoredImages,
+    ScoreError,
     draw_layer_scores,
     name_classes,
 )
 from training.stopping import Stopped, stop_signals
 from training.targets import size_of
 from training.task_scores import TASK_SCORES, TaskScores
-from training.train import RECIPE_FILE, RESULTS_FILE, name_versions
+from training.train import RECIPE_FILE, name_versions
 
 PROGRAM = "python -m training.score"
-
-
-class ScoreError(ValueError):
-    """Something that cannot be scored; the message is for the user as it is."""
+EXAMPLES = f"""\
+a model that training.train has made, whose folder says which data set and task it was made for:
+  {PROGRAM} --model outputs/quickstart --layer-consistency
+any other model, here in two processes:
+  accelerate launch --num_processes 2 training/score.py --model USER/NAME --dataset {next(iter(DATASETS))} --task semantic
+files of predictions:
+  {PROGRAM} files --help
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -83,8 +91,10 @@ def make_parser() -> argparse.ArgumentParser:
     """Describe the command line."""
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
-        description="Score a model on a data set, at the original resolution.",
-        epilog=f"Files of predictions: {PROGRAM} files --help",
+        description="Score a model on a data set, at the original resolution. A run that was stopped goes on where it was when the "
+        "same command is given again.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument_group("model").add_argument
     add("--model", required=True, metavar="NAME", help="folder, or repository of the Hub: MPFormer or any model of transformers "
@@ -145,20 +155,40 @@ def make_parser() -> argparse.ArgumentParser:
         "padded to one size, which changes predictions slightly (default: 1)")  # fmt: skip
     add(
         "--num-workers",
-        type=int,
+        type=not_negative,
         default=2,
         metavar="N",
         help="processes that prepare batches, for each process (default: 2)",
     )
-    add("--num-examples", type=int, default=4, metavar="N", help="best, and worst, images in the report (default: 4)")
+    add(
+        "--num-examples",
+        type=not_negative,
+        default=4,
+        metavar="N",
+        help="best, and worst, images in the report (default: 4)",
+    )
     add("--write-ground-truth", action="store_true", help="write the ground truth in the official form too")
     return parser
+
+
+def name_images(rows: Sequence[SegmentationRow]) -> str:
+    """Name images in a sentence."""
+    return (
+        f"image {rows[0]['image_id']!r}" if len(rows) == 1 else f"images {few(repr(row['image_id']) for row in rows)}"
+    )
 
 
 def positive(text: str) -> int:
     """Read a number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def not_negative(text: str) -> int:
+    """Read a number of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
     return int(text)
 
 
@@ -180,21 +210,27 @@ def score_model(options: argparse.Namespace, command: str) -> dict[str, Any]:
         What was written to `results.json`; in other processes than the first, nothing.
     """
     complete_from_recipe(options)
-    output_dir = options.output_dir or default_output_dir(options)
+    require_possible(options)
+    output_dir = (options.output_dir or default_output_dir(options)).resolve()
     require_usable_folder(output_dir)
-    accelerator = Accelerator(mixed_precision=options.mixed_precision)
-    run = ScoringRun.prepare(options, accelerator)
+    run = ScoringRun.prepare(options, Accelerator(mixed_precision=options.mixed_precision))
     records = RecordFolder.beside(output_dir)
+    accelerator = run.accelerator
     number = [records.begin(run.settings()) if accelerator.is_main_process else 0]
     broadcast_object_list(number)
-    run.score_images(records, number[0])
-    accelerator.wait_for_everyone()
     results: dict[str, Any] = {}
+    try:
+        run.score_images(records, number[0])
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            results = run.summarise(records, command)
+    except Stopped as stop:
+        stop.what_remains = "the same command goes on where this one was"
+        raise
     if accelerator.is_main_process:
-        results = run.summarise(records, command)
         records.clear()
         replace_folder(output_dir, records.path)
-        print(f"Scores, predictions and report.html are in {output_dir}.")
+        print(f"Scores, predictions and {REPORT_FILE} are in {output_dir}.")
     accelerator.wait_for_everyone()
     return results
 
@@ -214,14 +250,13 @@ class ScoringRun:
     def prepare(cls, options: argparse.Namespace, accelerator: Accelerator) -> "ScoringRun":
         """Load data set and model, and pair their classes."""
         dataset = load_dataset(options)
-        if options.tta and options.task != "semantic":
-            raise ScoreError(
-                f"--tta averages the class scores of semantic maps; {options.task} segments of several views cannot be averaged. "
-                "Leave it out, or use --task semantic."
-            )
         predictor = Predictor.load(
             options.model, options.task, revision=options.revision, trust_remote_code=options.trust_remote_code
         )
+        if options.tta and predictor.sees_squares:
+            raise ScoreError(
+                f"--tta shows images at several sizes, but {options.model} takes those of one size alone. Leave it out."
+            )
         predictor.model.to(accelerator.device)
         pair = LabelMap.by_name if options.match_classes == "name" else LabelMap.by_id
         labels = pair(predictor.id2label, dataset)
@@ -249,6 +284,7 @@ class ScoringRun:
             "layer_consistency": options.layer_consistency,
             "write_ground_truth": options.write_ground_truth,
             "batch_size": options.batch_size,
+            "num_images": self.num_images,
             "files": describe_files(Path(options.model)),
             "commit": getattr(self.predictor.model.config, "_commit_hash", None),
             "versions": name_versions(),
@@ -268,17 +304,13 @@ class ScoringRun:
         mine = missing[accelerator.process_index :: accelerator.num_processes]
         progress = tqdm(total=len(mine), unit="image", desc="scoring", disable=not accelerator.is_main_process)
         accelerator.wait_for_everyone()  # all have read what was done before anyone adds to it
-        with progress, records.open(run, accelerator.process_index) as file:
-            try:
-                for start, batch in enumerate(self._load(mine)):
-                    indices = mine[start * self.options.batch_size :][: len(batch["rows"])]
-                    for record in self._score_batch(batch, indices, records.path):
-                        file.write(json.dumps(asdict(record)) + "\n")
-                    progress.update(len(indices))
-                    stop_signals.check()
-            except Stopped as stop:
-                stop.what_remains = "the same command goes on where this one was"
-                raise
+        with progress, records.open(run, accelerator.process_index) as file, stop_signals.hold():
+            for start, batch in enumerate(self._load(mine)):
+                indices = mine[start * self.options.batch_size :][: len(batch["rows"])]
+                for record in self._score_batch(batch, indices, records.path):
+                    file.write(json.dumps(asdict(record)) + "\n")
+                progress.update(len(indices))
+                stop_signals.check()
 
     def _load(self, indices: Sequence[int]) -> DataLoader:
         return DataLoader(
@@ -291,20 +323,27 @@ class ScoringRun:
 
     def _score_batch(self, batch: EvaluationBatch, indices: Sequence[int], folder: Path) -> list[ImageRecord]:
         rows = batch["rows"]
-        outputs = None
+        try:
+            results, layers = self._predict_batch(batch)
+            scored = zip(indices, rows, results, layers, strict=True)
+            return [self._score_image(index, row, result, layer, folder) for index, row, result, layer in scored]
+        except (ScoreError, PredictorError):
+            raise
+        except ValueError as error:
+            raise ScoreError(f"The model cannot predict {name_images(rows)}: {error}") from error
+
+    def _predict_batch(self, batch: EvaluationBatch) -> tuple[list[dict[str, Any]], Sequence[str | None]]:
+        """Predict some images; also returns a line of layer consistency for each, or `None`."""
+        rows, outputs = batch["rows"], None
         if self.layers is not None or not self._predicts_views():
             with self.accelerator.autocast():
                 outputs = self.predictor(**batch["inputs"], **(self.layers.inputs if self.layers else {}))
         results = self._results(outputs, rows)
-        layers: Sequence[str | None] = [None] * len(rows) if self.layers is None else self.layers.score(outputs, rows)
-        return [
-            self._score_image(index, row, result, layer, folder)
-            for index, row, result, layer in zip(indices, rows, results, layers, strict=True)
-        ]
+        return results, [None] * len(rows) if self.layers is None else self.layers.score(outputs, rows)
 
     def _predicts_views(self) -> bool:
         """Whether a result is an average of several views of an image."""
-        return self.options.tta or (self.predictor.sees_squares and self.options.task == "semantic")
+        return self.options.tta or self.predictor.joins_windows
 
     def _results(self, outputs: Any, rows: Sequence[SegmentationRow]) -> list[dict[str, Any]]:  # noqa: ANN401
         if self._predicts_views():
@@ -344,9 +383,7 @@ class ScoringRun:
     def summarise(self, records: RecordFolder, command: str) -> dict[str, Any]:
         """Sum up the records of all images and write the results; `command` made them."""
         options, folder = self.options, records.path
-        scored = ScoredImages(self.make_scores())
-        for record in records.read():
-            scored.add(record)
+        scored = ScoredImages.collect(self.make_scores(), records.read())
         scores = scored.scores.scores.compute()
         errors = scored.scores.analysis.compute(threshold=options.threshold, precision=options.precision)
         consistency = scored.layers.compute() if self.layers else None
@@ -369,7 +406,7 @@ class ScoringRun:
         print(scored.scores.table(scores))
         layer_scores = None
         if self.layers and consistency:
-            print(format_consistency(consistency))
+            print(f"\nLayer consistency, in percent:\n{format_consistency(consistency)}\n")
             draw = partial(self.layers.draw, self.dataset[0], f"{options.model}, image {self.dataset[0]['image_id']}")
             layer_scores = draw_layer_scores(folder, options.model, consistency, draw)
         maker = ReportMaker(folder, self.dataset, self.predict, options.threshold, options.num_examples)
@@ -417,21 +454,43 @@ def complete_from_recipe(options: argparse.Namespace) -> None:
         raise ScoreError(f"--dataset must be one of {', '.join(DATASETS)}, got {options.dataset!r}.")
 
 
+def require_possible(options: argparse.Namespace) -> None:
+    """Refuse options that the task has no use for."""
+    if options.tta and options.task != "semantic":
+        raise ScoreError(
+            f"--tta averages the class scores of semantic maps; {options.task} segments of several views cannot be averaged. "
+            "Leave it out, or use --task semantic."
+        )
+    if options.boundary and options.task == "panoptic":
+        raise ScoreError(
+            "--boundary is for --task instance and semantic; there is no panoptic quality of boundaries here."
+        )
+
+
 def dataset_options(options: argparse.Namespace) -> dict[str, Any]:
     """Options of the data set: those of the recipe, and on top those of the command line."""
     given = {}
     for text in options.dataset_option:
         name, equals, value = text.partition("=")
-        if not equals:
+        try:
+            given[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ScoreError(f"--dataset-option {text!r} has a value that is no YAML.") from error
+        if not (name and equals):
             raise ScoreError(f"--dataset-option must be NAME=VALUE, got {text!r}.")
-        given[name.strip()] = yaml.safe_load(value)
     return {**options.recipe_options, **given, "task": options.task}
 
 
 def load_dataset(options: argparse.Namespace) -> SegmentationDataset:
     """Make the data set that the command line names."""
+    given = dataset_options(options)
+    known = inspect.signature(DATASETS[options.dataset]).parameters
+    for name in given:
+        if name not in known:
+            possible = ", ".join(key for key in known if key not in ("split", "task"))
+            raise ScoreError(f"The data set {options.dataset} has no option {name!r}. Its options: {possible}.")
     try:
-        dataset = load_segmentation_dataset(options.dataset, options.split, **dataset_options(options))
+        dataset = load_segmentation_dataset(options.dataset, options.split, **given)
     except (ValueError, TypeError, OSError) as error:
         raise ScoreError(f"The data set {options.dataset} cannot be made: {error}") from error
     if len(dataset) == 0:
@@ -441,7 +500,7 @@ def load_dataset(options: argparse.Namespace) -> SegmentationDataset:
 
 def default_output_dir(options: argparse.Namespace) -> Path:
     """Name a folder after what is scored."""
-    name = re.sub(r"[^\w.-]+", "-", options.model).strip("-.")
+    name = re.sub(r"[^\w.-]+", "-", options.model).strip("-.") or "model"
     return Path("outputs", "scores", f"{name}-{options.dataset}-{options.task}")
 
 
@@ -449,9 +508,10 @@ def require_usable_folder(folder: Path) -> None:
     """Refuse, before the work begins, a folder that holds something else than results of this program."""
     if folder.exists() and not folder.is_dir():
         raise ScoreError(f"--output-dir {folder} is a file. Choose a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / REPORT_FILE).exists():
+    foreign = sorted({path.name for path in folder.iterdir()} - OUTPUT_NAMES) if folder.is_dir() else []
+    if foreign:
         raise ScoreError(
-            f"--output-dir {folder} holds files that are no results of this program, and would be replaced. Choose another "
+            f"--output-dir {folder} holds {few(foreign, 3)}: no results of this program, which would be removed. Choose another "
             "folder, or empty it."
         )
     try:

@@ -9,13 +9,13 @@ import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,22 +26,21 @@ from training.metrics.image_scores import ImageId, ImageScores
 from training.metrics.panoptic_quality import PanopticQuality
 from training.metrics.semantic_quality import IGNORED, NOTHING, SemanticQuality
 from training.official_files import (
+    Category,
     FileError,
     InstanceFile,
     PanopticFile,
     class_index_files,
-    read_categories,
     read_class_indices,
-    read_json,
 )
 
 Scores = TypeVar("Scores", bound=ImageScores)
 IMAGES_IN_A_PIECE = 32
-# What the official tools print; --details adds the rest.
+# What the official tools print, and what --boundary adds; --details adds the rest.
 OFFICIAL_KEYS = {
     "instance": ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"),
     "panoptic": ("All", "Things", "Stuff", "per_class"),
-    "semantic": ("mIoU", "per_class_IoU", "pixel_accuracy"),
+    "semantic": ("mIoU", "per_class_IoU", "pixel_accuracy", "boundary_mIoU", "per_class_boundary_IoU"),
 }
 
 
@@ -49,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the program: one JSON object on standard output, a sentence and exit code 1 for files that cannot be scored."""
     parser = make_parser()
     options = parser.parse_args(argv)
+    require_useful_options(parser, options)
     try:
         scores = score_files(options)
     except FileError as error:
         sys.exit(f"error: {error}")
     if not options.details:
-        scores = {key: scores[key] for key in OFFICIAL_KEYS[options.task]}
+        scores = {key: scores[key] for key in OFFICIAL_KEYS[options.task] if key in scores}
     print(json.dumps(scores, indent=2))
 
 
@@ -92,13 +92,39 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--boundary",
         action="store_true",
-        help="instance: boundary AP in the place of AP; semantic: also boundary IoU, with --details",
+        help="instance: boundary AP in the place of AP; semantic: also boundary IoU",
     )
     parser.add_argument("--details", action="store_true", help="all that is known: per class, fwIoU, PQ^St, ...")
     parser.add_argument(
-        "--num-workers", type=int, default=0, metavar="N", help="processes that read PNG files; 0: this one (default)"
+        "--num-workers",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="processes that read PNG files; 0: this one (default)",
     )
     return parser
+
+
+def not_negative(text: str) -> int:
+    """Read an integer that is at least 0."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {number}")
+    return number
+
+
+def require_useful_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse options that would have no effect."""
+    if options.task == "panoptic" and options.boundary:
+        parser.error("--boundary is for instance and semantic.")
+    for name in ("ground_truth", "predictions"):
+        if getattr(options, f"{name}_folder") is None:
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        if options.task == "instance":
+            parser.error(f"{flag}-folder is for panoptic and semantic: COCO results have no PNG files.")
+        if getattr(options, name).is_dir():
+            parser.error(f"{flag} is a folder already. {flag}-folder belongs to a panoptic JSON file.")
 
 
 def score_files(options: argparse.Namespace) -> dict[str, Any]:
@@ -131,8 +157,10 @@ def score_instances(options: argparse.Namespace) -> dict[str, Any]:
 
 def score_panoptic(options: argparse.Namespace) -> dict[str, Any]:
     """Panoptic quality."""
-    truth = PanopticFile.read(options.ground_truth, options.ground_truth_folder, with_categories=True)
-    predictions = PanopticFile.read(options.predictions, options.predictions_folder)
+    truth = PanopticFile.read_truth(options.ground_truth, options.ground_truth_folder, needs_isthing=True)
+    predictions = PanopticFile.read_predictions(
+        options.predictions, options.predictions_folder, categories=truth.categories
+    )
     require_predictions(truth.annotations, predictions.annotations, truth.path, predictions.path)
     return score_in_processes(
         partial(panoptic_scores, truth=truth, predictions=predictions), list(truth.annotations), options.num_workers
@@ -158,8 +186,10 @@ def panoptic_scores(image_ids: Sequence[ImageId], truth: PanopticFile, predictio
 
 def score_semantic(options: argparse.Namespace) -> dict[str, Any]:
     """Compute mIoU and its relatives of category maps, made of panoptic files or read from class-index files."""
-    truth = SemanticMaps.find(options.ground_truth, options.ground_truth_folder, options.ignore_index)
-    predictions = SemanticMaps.find(options.predictions, options.predictions_folder, options.ignore_index)
+    truth = SemanticMaps.find_truth(options.ground_truth, options.ground_truth_folder, options.ignore_index)
+    predictions = SemanticMaps.find_predictions(
+        options.predictions, options.predictions_folder, options.ignore_index, truth.categories
+    )
     if truth.panoptic is None or predictions.panoptic is None:
         truth, predictions = truth.by_file_name(), predictions.by_file_name()
     require_predictions(truth.places, predictions.places, truth.path, predictions.path)
@@ -171,7 +201,7 @@ def semantic_scores(
     image_ids: Sequence[ImageId], truth: "SemanticMaps", predictions: "SemanticMaps", boundary: bool
 ) -> SemanticQuality:
     """Score some images."""
-    scores = SemanticQuality(truth.class_ids(), boundary=boundary, ignore_index=NOTHING)
+    scores = SemanticQuality(truth.categories, boundary=boundary, ignore_index=NOTHING)
     for image_id in image_ids:
         with naming(truth.png(image_id), predictions.png(image_id)):
             scores.add(image_id, predictions.read(image_id), truth.read(image_id))
@@ -191,27 +221,43 @@ class SemanticMaps:
     ignore_index: int
 
     @classmethod
-    def find(cls, path: Path, folder: Path | None, ignore_index: int) -> "SemanticMaps":
+    def find_truth(cls, path: Path, folder: Path | None, ignore_index: int) -> "SemanticMaps":
         """Take a JSON file for the panoptic form, and a folder for class-index PNG files."""
         if path.is_dir():
             return cls(path, dict(class_index_files(path)), None, ignore_index)
-        panoptic = PanopticFile.read(path, folder)
-        return cls(path, {image_id: image_id for image_id in panoptic.annotations}, panoptic, ignore_index)
+        return cls._of_panoptic(PanopticFile.read_truth(path, folder, needs_isthing=False), ignore_index)
+
+    @classmethod
+    def find_predictions(
+        cls, path: Path, folder: Path | None, ignore_index: int, categories: Mapping[int, Category] | None
+    ) -> "SemanticMaps":
+        """Do the same for predictions; `categories` are those of the ground truth, `None` if it lists none."""
+        if path.is_dir():
+            return cls(path, dict(class_index_files(path)), None, ignore_index)
+        return cls._of_panoptic(PanopticFile.read_predictions(path, folder, categories=categories), ignore_index)
+
+    @classmethod
+    def _of_panoptic(cls, file: PanopticFile, ignore_index: int) -> "SemanticMaps":
+        return cls(file.path, {image_id: image_id for image_id in file.annotations}, file, ignore_index)
+
+    @property
+    def categories(self) -> Mapping[int, Category] | None:
+        """Classes that the ground truth lists; `None` when it lists none: then every value is a class."""
+        return None if self.panoptic is None else self.panoptic.categories
 
     def by_file_name(self) -> "SemanticMaps":
         """Name the images by their PNG files, without the ending: what the two forms have in common."""
         if self.panoptic is None:
             return self
-        names = {
-            Path(entry["file_name"]).with_suffix("").as_posix(): key for key, entry in self.panoptic.annotations.items()
-        }
+        names: dict[ImageId, ImageId | Path] = {}
+        for image_id, entry in self.panoptic.annotations.items():
+            name = Path(entry["file_name"]).with_suffix("").as_posix()
+            if name in names:
+                raise FileError(
+                    f"{self.path}: images {names[name]!r} and {image_id!r} both have the PNG file {name!r}."
+                )
+            names[name] = image_id
         return replace(self, places=names)
-
-    def class_ids(self) -> list[int] | None:
-        """Classes that the file lists; `None` when it lists none: then every value is a class."""
-        if self.panoptic is None:
-            return None
-        return list(read_categories(read_json(self.path), self.path))
 
     def png(self, image_id: ImageId) -> Path:
         """Path of the PNG file of an image."""
@@ -236,14 +282,17 @@ class SemanticMaps:
 
 
 def require_predictions(
-    image_ids: Iterable[ImageId], predicted_ids: Container[ImageId], truth: Path, predictions: Path
+    image_ids: Iterable[ImageId], predicted_ids: Collection[ImageId], truth: Path, predictions: Path
 ) -> None:
     """Refuse predictions that lack an image, as panopticapi does. Predictions of further images are passed over, as there."""
     missing = [image_id for image_id in image_ids if image_id not in predicted_ids]
     if missing:
+        similar = [image_id for image_id in predicted_ids if str(image_id) == str(missing[0])]
+        hint = "An image in which nothing was found needs an entry too."
+        if similar:
+            hint = f"It has one for {similar[0]!r}: a number and its text are two ids."
         raise FileError(
-            f"{predictions} has no prediction for {len(missing)} images of {truth}, such as {missing[0]!r}. An image in which "
-            "nothing was found needs an entry too."
+            f"{predictions} has no prediction for {len(missing)} of the images of {truth}, such as {missing[0]!r}. {hint}"
         )
 
 
@@ -265,8 +314,25 @@ def map_in_order(function: Callable[[Any], Any], inputs: Sequence[Any], num_work
     if num_workers == 0:
         yield from map(function, inputs)
         return
-    with ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(function, inputs)
+    # The function holds the lists of all files: it is sent once to each process, and not with each piece.
+    with ProcessPoolExecutor(
+        num_workers, multiprocessing.get_context("spawn"), initializer=_Worker.take, initargs=(function,)
+    ) as pool:
+        yield from pool.map(_Worker.apply, inputs)
+
+
+class _Worker:
+    """What a process of `map_in_order` keeps."""
+
+    function: ClassVar[Callable[[Any], Any]]
+
+    @classmethod
+    def take(cls, function: Callable[[Any], Any]) -> None:
+        cls.function = staticmethod(function)
+
+    @classmethod
+    def apply(cls, piece: Any) -> Any:  # noqa: ANN401 - whatever the function takes and returns
+        return cls.function(piece)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What a scoring run leaves behind: `results.json`, predictions in the official form, `report.html` and pictures."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,22 @@ from training.report import ClassScores, Headline, ImageExample, LayerScores, Re
 from training.score_records import ImageRecord
 from training.task_scores import TaskScores
 
+RESULTS_FILE = "results.json"
 PREDICTIONS = "predictions"
 GROUND_TRUTH = "ground_truth"
 REPORT_FILE = "report.html"
 LAYER_PLOT = "layer_consistency.png"
 LAYER_PICTURE = "layers.png"
+# All that may be in the folder of the results.
+OUTPUT_NAMES = frozenset(
+    [RESULTS_FILE, REPORT_FILE, LAYER_PLOT, LAYER_PICTURE, PREDICTIONS, GROUND_TRUTH]
+    + [f"{name}.json" for name in (PREDICTIONS, GROUND_TRUTH)]
+)
 LAYER_ROWS = {"mIoU_L": "mIoU-L, all queries", "mIoU_L_matched": "mIoU-L, matched queries", "Util": "Util"}
+
+
+class ScoreError(ValueError):
+    """Something that cannot be scored; the message is for the user as it is."""
 
 
 @dataclass
@@ -38,14 +48,22 @@ class ScoredImages:
     predictions: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     truths: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
 
+    @classmethod
+    def collect(cls, scores: TaskScores, records: Iterable[ImageRecord]) -> "ScoredImages":
+        """Join records; `scores` is empty."""
+        scored = cls(scores)
+        for record in records:
+            scored.add(record)
+        return scored
+
     def add(self, record: ImageRecord) -> None:
         """Take over the record of one image.
 
         Raises:
-            ValueError: another image has the same id.
+            ScoreError: another image has the same id.
         """
         if record.image_id in self.index_of:
-            raise ValueError(
+            raise ScoreError(
                 f"Images {self.index_of[record.image_id]} and {record.index} of the data set have the same id "
                 f"{record.image_id!r}. Ids must be unique."
             )

@@ -47,24 +47,32 @@ def panoptic_target(row: SegmentationRow) -> tuple[NDArray[np.int64], list[dict[
 
 
 def semantic_target(row: SegmentationRow, ignore_index: int) -> NDArray[np.int64]:
-    """Write the classes of a row into one map, int64 (H, W); crowd regions count as their class."""
-    masks, classes = _crowd(row)
-    return semantic_map_from_masks(
-        np.concatenate([to_numpy(row["mask_labels"]), masks]),
-        np.concatenate([to_numpy(row["class_labels"]), classes]),
-        ignore_index,
-    )
+    """Write the classes of a row into one map, int64 (H, W); a crowd region counts as its class where no segment is."""
+    classes = semantic_map_from_masks(row["mask_labels"], row["class_labels"], ignore_index)
+    for mask, class_id in zip(*_crowd(row), strict=True):
+        classes[mask & (classes == ignore_index)] = class_id
+    return classes
 
 
 def _crowd(row: SegmentationRow) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
     no_masks = np.zeros((0, *size_of(row)), dtype=bool)
-    masks, classes = row.get("crowd_masks", no_masks), row.get("crowd_labels", np.zeros(0, dtype=np.int64))
-    return to_numpy(masks).astype(bool), to_numpy(classes)
+    masks = to_numpy(row.get("crowd_masks", no_masks)).astype(bool)
+    classes = to_numpy(row.get("crowd_labels", np.zeros(0, dtype=np.int64)))
+    if masks.shape[1:] != size_of(row) or classes.shape != masks.shape[:1]:
+        raise ValueError(
+            f"Expected crowd masks (c, {', '.join(map(str, size_of(row)))}) and one crowd label each, got masks {masks.shape} and "
+            f"labels {classes.shape}."
+        )
+    return masks, classes
 
 
 def _annotations(masks: Any, class_ids: Any, iscrowd: int) -> list[dict[str, Any]]:  # noqa: ANN401 - arrays or tensors
-    encoded = encode_rle(torch.as_tensor(to_numpy(masks)))
+    classes = to_numpy(class_ids)
+    if classes.shape != masks.shape[:1]:
+        raise ValueError(f"Expected one class label for each mask, got masks {masks.shape} and labels {classes.shape}.")
+    # A copy where an array may not be written, as those of Arrow files: torch warns of such.
+    encoded = encode_rle(torch.from_numpy(np.require(to_numpy(masks), requirements="W")))
     return [
         {"label_id": int(class_id), "segmentation": rle, "iscrowd": iscrowd}
-        for class_id, rle in zip(to_numpy(class_ids).tolist(), encoded, strict=True)
+        for class_id, rle in zip(classes.tolist(), encoded, strict=True)
     ]

@@ -112,7 +112,7 @@ class InstanceScores(TaskScores):
         (("AP75",), "AP75", "at IoU 0.75"),
         (("APs",), "AP small", "up to 32 x 32 pixels"),
         (("APm",), "AP medium", "up to 96 x 96 pixels"),
-        (("APl",), "AP large", "above"),
+        (("APl",), "AP large", "above 96 x 96 pixels"),
         (("AR100",), "AR100", "recall of 100 predictions an image"),
     )
     columns = ("AP", "AP50", "AP75", "AR100")
@@ -252,8 +252,9 @@ class PanopticScores(TaskScores):
         self, image_id: ImageId, ids: NDArray[np.integer], segments: Segments, folder: Path
     ) -> dict[str, Any]:
         file_name = f"{image_id}.png"
-        folder.mkdir(exist_ok=True)
-        encode_segment_ids(ids).save(folder / file_name)
+        path = folder / file_name
+        path.parent.mkdir(parents=True, exist_ok=True)  # an id may hold slashes
+        encode_segment_ids(ids).save(path)
         return {
             "image_id": image_id,
             "file_name": file_name,
@@ -270,7 +271,7 @@ class SemanticScores(TaskScores):
     headline_keys = (
         (("mIoU",), "mIoU", "mean over the classes that occur"),
         (("fwIoU",), "fwIoU", "weighted by the pixels of the classes"),
-        (("pixel_accuracy",), "pixel accuracy", "right pixels"),
+        (("pixel_accuracy",), "pixel accuracy", "share of the pixels that are right"),
         (("mean_accuracy",), "mean accuracy", "mean over the classes that occur"),
         (("PQ_St", "pq"), "PQ^St", "panoptic quality of stuff (MaskFormer)"),
     )
@@ -337,9 +338,10 @@ class SemanticScores(TaskScores):
         for class_id, category_id in self.category_ids.items():
             categories[class_id] = category_id
         categories[-1] = self.no_category  # at which NO_CLASS, -1, looks
-        folder.mkdir(exist_ok=True)
         kind = np.uint8 if self.no_category == 255 else np.uint16  # noqa: PLR2004
-        Image.fromarray(categories[classes].astype(kind)).save(folder / f"{image_id}.png")
+        path = folder / f"{image_id}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)  # an id may hold slashes
+        Image.fromarray(categories[classes].astype(kind)).save(path)
 
 
 TASK_SCORES: Mapping[Task, type[TaskScores]] = {

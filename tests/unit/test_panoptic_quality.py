@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +241,24 @@ def test_overlaps_equal_a_count_of_pixel_pairs(shape):
     assert count_overlaps(predicted, target) == expected
 
 
+@pytest.mark.parametrize(
+    "ids",
+    [
+        (np.array([-5, 0, 7]), np.array([2**32 - 1, 0, 3], dtype=np.uint32)),
+        (np.array([2**32, 2**32 - 1, 0]), np.array([-(2**63), 0, 2**63 - 1])),
+        (np.array([2**64 - 1, 2**63, 0], dtype=np.uint64), np.array([0, 255, 7], dtype=np.uint8)),
+    ],
+    ids=["negative and 32 bits", "33 and 64 bits", "unsigned 64 bits and bytes"],
+)
+def test_overlaps_of_ids_of_any_size_equal_a_count_of_pixel_pairs(ids):
+    rng = np.random.default_rng(0)
+    predicted, target = (values[rng.integers(0, 3, (5, 8))] for values in ids)
+    pairs = zip(predicted.ravel().tolist(), target.ravel().tolist(), strict=True)
+    assert count_overlaps(predicted, target) == Counter(pairs)
+    pairs = zip(target.ravel().tolist(), predicted.ravel().tolist(), strict=True)
+    assert count_overlaps(target, predicted) == Counter(pairs)
+
+
 def test_masks_of_digit_scenes_score_one_against_themselves():
     scenes = DigitScenes("validation", task="panoptic", preset="hard", num_images=8)
     quality = PanopticQuality(scenes.thing_ids, scenes.stuff_ids)
@@ -306,5 +325,5 @@ def test_overlapping_masks_and_missing_labels_are_errors():
 def test_class_named_twice_and_unequal_classes_in_merge_are_errors():
     with pytest.raises(ValueError, match="named twice"):
         PanopticQuality([0], [0])
-    with pytest.raises(ValueError, match="same settings.*thing_ids"):
+    with pytest.raises(ValueError, match=r"same settings.*thing_ids"):
         PanopticQuality([0], []).merge(PanopticQuality([1], []))

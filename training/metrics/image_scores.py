@@ -55,7 +55,11 @@ class ImageScores(Generic[Score]):
 
     def merge(self, other: Self) -> None:
         """Take over the images of another collection with the same settings; an image known to both counts once."""
-        if type(other) is not type(self) or other.settings() != self.settings():
+        if type(other) is not type(self):
+            raise ValueError(
+                f"Only collections of the same kind can be merged: {type(self).__name__} here, {type(other).__name__} there."
+            )
+        if other.settings() != self.settings():
             raise ValueError(
                 f"Only collections with the same settings can be merged: {self.settings()} here, {other.settings()} there."
             )

@@ -8,7 +8,7 @@ import evaluate  # noqa: F401
 
 from training.metrics.average_precision import AveragePrecision, segments_from_masks
 from training.metrics.image_scores import ImageScores
-from training.metrics.streaming import StreamingMetric, image_id_of
+from training.metrics.streaming import StreamingMetric, image_id_of, require_entries
 from training.targets import instance_targets, size_of
 
 
@@ -29,15 +29,21 @@ Args:
 Returns:
     `AP`, `AP50`, `AP75`, `APs`, `APm`, `APl`, `AR1`, `AR10`, `AR100`, `ARs`, `ARm`, `ARl`, and `per_class`. Fractions; -1.0 is undefined.
 """
+    NEEDED = ("class_ids",)
+    OPTIONAL = ("boundary", "dilation_ratio")
 
     def _make_scores(self) -> AveragePrecision:
-        return AveragePrecision(self.option("class_ids"), **self.further_options("class_ids"))
+        return AveragePrecision(**self.options)
 
     def _score(self, scores: ImageScores, prediction: Any, reference: Mapping[str, Any]) -> None:  # noqa: ANN401
+        image_id = image_id_of(reference)
         if isinstance(prediction, Mapping):
+            require_entries(prediction, ("masks", "labels", "scores"), f"prediction of image {image_id!r}")
             prediction = segments_from_masks(prediction["masks"], prediction["labels"], prediction["scores"])
         if "mask_labels" in reference:
             truths, size = instance_targets(reference), size_of(reference)
         else:
+            names = ("annotations", "height", "width")
+            require_entries(reference, names, f"reference of image {image_id!r}, if it is no row,")
             truths, size = reference["annotations"], (reference["height"], reference["width"])
-        scores.add(image_id_of(reference), prediction, truths, size)
+        scores.add(image_id, prediction, truths, size)

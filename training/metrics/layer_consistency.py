@@ -10,7 +10,7 @@ from mpformer_hf.layer_consistency import image_layer_consistency
 from mpformer_hf.mask_matching import CostWeights
 from training.metrics.consistency import LayerConsistencyScores
 from training.metrics.image_scores import ImageScores
-from training.metrics.streaming import StreamingMetric, image_id_of
+from training.metrics.streaming import StreamingMetric, image_id_of, require_entries
 
 
 class LayerConsistencyMetric(StreamingMetric):
@@ -31,17 +31,24 @@ Args:
 Returns:
     `levels`; `mIoU_L`, `mIoU_L_matched` and `Util`, one number for each level but the last; `num_images`, `num_images_matched`.
 """
+    NEEDED = ("weights",)
 
     def _make_scores(self) -> LayerConsistencyScores:
         return LayerConsistencyScores()
 
     def _score(self, scores: ImageScores, prediction: Any, reference: Mapping[str, Any]) -> None:  # noqa: ANN401
-        consistency = image_layer_consistency(
-            prediction["class_logits"],
-            prediction["mask_logits"],
-            reference["mask_labels"],
-            reference["class_labels"],
-            prediction.get("valid_size"),
-            weights=CostWeights(*self.option("weights")),
-        )
-        scores.add(image_id_of(reference), consistency)
+        image_id = image_id_of(reference)
+        require_entries(prediction, ("class_logits", "mask_logits"), f"prediction of image {image_id!r}")
+        require_entries(reference, ("mask_labels", "class_labels"), f"reference of image {image_id!r}")
+        try:
+            consistency = image_layer_consistency(
+                prediction["class_logits"],
+                prediction["mask_logits"],
+                reference["mask_labels"],
+                reference["class_labels"],
+                prediction.get("valid_size"),
+                weights=CostWeights(*self.options["weights"]),
+            )
+        except ValueError as error:
+            raise ValueError(f"Image {image_id!r} cannot be scored: {error}") from error
+        scores.add(image_id, consistency)

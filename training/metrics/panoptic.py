@@ -8,7 +8,7 @@ import evaluate  # noqa: F401
 
 from training.metrics.image_scores import ImageScores
 from training.metrics.panoptic_quality import PanopticQuality
-from training.metrics.streaming import StreamingMetric, image_id_of
+from training.metrics.streaming import StreamingMetric, image_id_of, require_entries
 from training.targets import panoptic_target
 
 
@@ -29,15 +29,20 @@ Args:
 Returns:
     `All`, `Things`, `Stuff`, each with `pq`, `sq`, `rq`, `n`; `per_class`. Fractions.
 """
+    NEEDED = ("thing_ids", "stuff_ids")
 
     def _make_scores(self) -> PanopticQuality:
-        return PanopticQuality(self.option("thing_ids"), self.option("stuff_ids"))
+        return PanopticQuality(**self.options)
 
     def _score(self, scores: ImageScores, prediction: Any, reference: Mapping[str, Any]) -> None:  # noqa: ANN401
+        image_id = image_id_of(reference)
+        require_entries(prediction, MAP, f"prediction of image {image_id!r}")
         if "mask_labels" in reference:
             target_map, segments = panoptic_target(reference)
         else:
+            require_entries(reference, MAP, f"reference of image {image_id!r}, if it is no row,")
             target_map, segments = reference["segmentation"], reference["segments_info"]
-        scores.add(
-            image_id_of(reference), prediction["segmentation"], prediction["segments_info"], target_map, segments
-        )
+        scores.add(image_id, prediction["segmentation"], prediction["segments_info"], target_map, segments)
+
+
+MAP = ("segmentation", "segments_info")

@@ -8,6 +8,8 @@ Void and crowd (panopticapi, evaluation.py): predicted pixels over void do not c
 matched and never missed; a predicted segment without match of which more than half lies on void or on the crowd of its own
 class is no false positive.
 
+torchmetrics' `PanopticQuality` is not used: it knows no crowd, and takes two channels of classes and instances instead of ids.
+
 Maps hold segment ids, 0 is void. IoUs are summed exactly (`math.fsum`), so that neither the order of the images nor their
 distribution over processes changes a digit.
 """

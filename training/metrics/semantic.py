@@ -8,7 +8,7 @@ import evaluate  # noqa: F401
 
 from training.metrics.image_scores import ImageScores
 from training.metrics.semantic_quality import IGNORED, SemanticQuality
-from training.metrics.streaming import StreamingMetric, image_id_of
+from training.metrics.streaming import StreamingMetric, image_id_of, require_entries
 from training.targets import semantic_target
 
 
@@ -28,13 +28,17 @@ Returns:
     `mIoU`, `per_class_IoU`, `pixel_accuracy`, `mean_accuracy`, `per_class_accuracy`, `fwIoU`, `PQ_St`; with `boundary` also
     `boundary_mIoU` and `per_class_boundary_IoU`. Fractions.
 """
+    NEEDED = ("class_ids",)
+    OPTIONAL = ("boundary", "dilation_ratio", "ignore_index")
 
     def _make_scores(self) -> SemanticQuality:
-        return SemanticQuality(self.option("class_ids"), **self.further_options("class_ids"))
+        return SemanticQuality(**self.options)
 
     def _score(self, scores: ImageScores, prediction: Any, reference: Mapping[str, Any]) -> None:  # noqa: ANN401
+        image_id = image_id_of(reference)
         if "mask_labels" in reference:
             target = semantic_target(reference, self.options.get("ignore_index", IGNORED))
         else:
+            require_entries(reference, ("segmentation",), f"reference of image {image_id!r}, if it is no row,")
             target = reference["segmentation"]
-        scores.add(image_id_of(reference), prediction, target)
+        scores.add(image_id, prediction, target)

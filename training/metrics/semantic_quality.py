@@ -28,6 +28,7 @@ from training.metrics.image_scores import ImageId, ImageScores, to_numpy
 from training.metrics.panoptic_quality import VOID, PanopticQuality, Segments, count_overlaps
 
 IGNORED = 255
+MOST_EXAMPLES = 5  # in a message
 # Stands for every predicted value that is no class, in the scores of an image.
 NOTHING = -1
 
@@ -78,6 +79,7 @@ class SemanticQuality(ImageScores[SemanticScore]):
             raise ValueError("A class id is named twice. List each class once.")
         if min(known, default=0) < 0:
             raise ValueError(f"Class ids must not be negative, got {min(known)}.")
+        boundary_distance((1, 1), dilation_ratio)  # raises if the ratio is none
         if ignore_index in known:
             raise ValueError(
                 f"{ignore_index} is a class and ignore_index too. Choose another ignore_index, such as -1."
@@ -107,15 +109,18 @@ class SemanticQuality(ImageScores[SemanticScore]):
             ValueError: an image that was added before, maps of different sizes, a value that is no class.
         """
         self.refuse_known(image_id)
-        predicted = self._read(predicted_map, f"prediction of image {image_id!r}", (self.ignore_index, NOTHING))
-        target = self._read(target_map, f"ground truth of image {image_id!r}", (self.ignore_index,))
+        predicted_name, target_name = f"prediction of image {image_id!r}", f"ground truth of image {image_id!r}"
+        predicted, target = _read_map(predicted_map, predicted_name), _read_map(target_map, target_name)
         if predicted.shape != target.shape:
             raise ValueError(
                 f"Image {image_id!r} is {target.shape} in the ground truth and {predicted.shape} in the prediction (height, "
                 "width). Post-process with target_sizes set to the ground truth's size."
             )
+        overlaps = count_overlaps(predicted, target)
+        self._require_classes({value for value, _ in overlaps} - {self.ignore_index, NOTHING}, predicted_name)
+        self._require_classes({value for _, value in overlaps} - {self.ignore_index}, target_name)
         pixels: Counter[tuple[int, int]] = Counter()
-        for (predicted_class, target_class), count in count_overlaps(predicted, target).items():
+        for (predicted_class, target_class), count in overlaps.items():
             pixels[self._class_or_nothing(target_class), self._class_or_nothing(predicted_class)] += count
         boundaries = self._boundaries(predicted, target) if self.boundary else []
         self.keep(image_id, {"pixels": [(*pair, count) for pair, count in pixels.items()], "boundaries": boundaries})
@@ -179,19 +184,18 @@ class SemanticQuality(ImageScores[SemanticScore]):
             )
         return quality
 
-    def _read(self, values: ArrayLike | torch.Tensor, name: str, no_classes: Sequence[int]) -> NDArray[np.integer]:
-        array = to_numpy(values)
-        if array.ndim != 2 or array.dtype.kind not in "iu":  # noqa: PLR2004
-            raise ValueError(f"The {name} must be an integer map (H, W), got {array.dtype} {array.shape}.")
-        values = set(np.unique(array).tolist()) - set(no_classes)
-        known = {value for value in values if value >= 0} if self.class_ids is None else set(self.class_ids)
-        unknown = sorted(values - known)
+    def _require_classes(self, values: set[int], name: str) -> None:
+        """Refuse what is no class."""
+        unknown = sorted(value for value in values if not self._is_class(value))
         if unknown:
+            known = "at least 0" if self.class_ids is None else _few(sorted(self.class_ids))
             raise ValueError(
-                f"The {name} holds {unknown[:5]}, which are no classes (their ids: {sorted(known)[:5]}...). Map them to "
-                f"classes, or to ignore_index {self.ignore_index}."
+                f"The {name} holds {_few(unknown)}. Class ids are {known}. Map all values to classes, or to ignore_index "
+                f"{self.ignore_index}."
             )
-        return array
+
+    def _is_class(self, value: int) -> bool:
+        return value >= 0 if self.class_ids is None else value in self.class_ids
 
     def _class_or_nothing(self, value: int) -> int:
         return NOTHING if value == self.ignore_index else value
@@ -202,9 +206,9 @@ class SemanticQuality(ImageScores[SemanticScore]):
         counts = []
         for class_id in np.union1d(predicted, target).tolist():
             if class_id not in (self.ignore_index, NOTHING):
-                # Void is nobody's: a boundary there is not counted, but a region may reach into it without ending there.
+                # Both regions end where void begins, so that what is predicted there changes nothing.
                 true_boundary = boundary_region(target == class_id, distance)
-                predicted_boundary = boundary_region(predicted == class_id, distance) & valid
+                predicted_boundary = boundary_region((predicted == class_id) & valid, distance)
                 both = int(np.count_nonzero(true_boundary & predicted_boundary))
                 either = int(np.count_nonzero(true_boundary | predicted_boundary))
                 counts.append((class_id, both, either))
@@ -258,6 +262,13 @@ def semantic_map_from_masks(
     return classes
 
 
+def _read_map(values: ArrayLike | torch.Tensor, name: str) -> NDArray[np.integer]:
+    array = to_numpy(values)
+    if array.ndim != 2 or array.dtype.kind not in "iu":  # noqa: PLR2004 - (H, W)
+        raise ValueError(f"The {name} must be an integer map (H, W), got {array.dtype} {array.shape}.")
+    return array
+
+
 def _margins(counts: Counter[tuple[int, int]]) -> tuple[dict[int, int], dict[int, int]]:
     """Count the pixels of every true and of every predicted class, without those that are void in the ground truth."""
     true_pixels: dict[int, int] = defaultdict(int)
@@ -271,3 +282,7 @@ def _margins(counts: Counter[tuple[int, int]]) -> tuple[dict[int, int], dict[int
 
 def _one_segment_a_class(ids: Iterable[int], name: str) -> Segments:
     return Segments({key: {"id": key, "label_id": key - 1} for key in set(ids) if key != VOID}, name)
+
+
+def _few(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values[:MOST_EXAMPLES])) + (", ..." if len(values) > MOST_EXAMPLES else "")

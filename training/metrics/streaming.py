@@ -4,6 +4,7 @@
 whole data set would fill the disk; one line of JSON an image does not.
 """
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -26,29 +27,37 @@ class StreamingMetric(evaluate.Metric, ABC):
     """A metric that scores each image in the process that adds it.
 
     Load it with `evaluate.load`, whose arguments `num_process`, `process_id` and `experiment_id` say which processes on one file system
-    belong together; `compute` returns the scores of all of them in process 0, and `None` in the others. The classes are further
-    arguments of `evaluate.load`, see the docstring of the metric.
+    belong together; `compute` returns the scores of all of them in process 0, and `None` in the others. Process 0 waits for the
+    slowest one as many seconds as the argument `timeout` says (100). The classes are further arguments of `evaluate.load`, see the
+    docstring of the metric.
     """
 
     DESCRIPTION: ClassVar[str]
     INPUTS: ClassVar[str]
+    # Arguments of `evaluate.load` besides those of `evaluate`: what the metric cannot do without, and what it can.
+    NEEDED: ClassVar[tuple[str, ...]]
+    OPTIONAL: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config_name: str | None = None, **options: Any) -> None:
         """Take the options of `evaluate.load` and those of the metric."""
         self.options = {name: options.pop(name) for name in tuple(options) if name not in OPTIONS_OF_EVALUATE}
+        self._check_options()
         self._added: set[ImageId] = set()
         self._make_scores()  # before anything is added, so that wrong classes are named here
         super().__init__(config_name=config_name, **options)
 
-    def option(self, name: str) -> Any:  # noqa: ANN401 - whatever the metric takes
-        """Look up an option of `evaluate.load` without which the metric cannot work."""
-        if name not in self.options:
-            raise ValueError(f"`{name}` is missing. Pass it to evaluate.load, as in evaluate.load(path, {name}=...).")
-        return self.options[name]
-
-    def further_options(self, *names: str) -> dict[str, Any]:
-        """Options of `evaluate.load` without those named."""
-        return {name: value for name, value in self.options.items() if name not in names}
+    def _check_options(self) -> None:
+        for name in self.NEEDED:
+            if name not in self.options:
+                raise ValueError(
+                    f"`{name}` is missing. Pass it to evaluate.load, as in evaluate.load(path, {name}=...)."
+                )
+        unknown = self.options.keys() - {*self.NEEDED, *self.OPTIONAL}
+        if unknown:
+            raise ValueError(
+                f"{', '.join(sorted(unknown))}: no such option. Besides those of evaluate, this metric takes "
+                f"{', '.join((*self.NEEDED, *self.OPTIONAL))}."
+            )
 
     @abstractmethod
     def _make_scores(self) -> ImageScores:
@@ -125,4 +134,16 @@ def image_id_of(reference: Mapping[str, Any]) -> ImageId:
     if not isinstance(reference, Mapping) or "image_id" not in reference:
         raise ValueError(f"Expected a reference with `image_id`, got {type(reference).__name__} {str(reference)[:80]}.")
     image_id = reference["image_id"]
-    return image_id if isinstance(image_id, str) else int(image_id)
+    if isinstance(image_id, str):
+        return image_id
+    try:
+        return operator.index(image_id)  # also of a numpy integer, or of a tensor with one
+    except TypeError:
+        raise ValueError(f"`image_id` must be an integer or text, got {image_id!r}.") from None
+
+
+def require_entries(values: Any, names: Sequence[str], what: str) -> None:  # noqa: ANN401 - whatever was passed
+    """Refuse what is no mapping with these entries; `what` is for the message."""
+    found = sorted(map(str, values)) if isinstance(values, Mapping) else type(values).__name__
+    if not isinstance(values, Mapping) or not set(names) <= values.keys():
+        raise ValueError(f"The {what} must have the entries {', '.join(names)}, got {found}.")
