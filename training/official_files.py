@@ -20,6 +20,7 @@ MAX_SEGMENT_ID = 256**3 - 1
 MAX_CATEGORY_ID = 2**31 - 1
 MAX_IMAGE_SIDE = 100_000  # COCO's area ranges end at images of this side
 MOST_EXAMPLES = 5  # in a message
+BOX_NUMBERS = 4
 
 
 class FileError(ValueError):
@@ -147,8 +148,8 @@ class InstanceFile:
         """Read COCO results for these images; an image without any has an empty list.
 
         The official tool ends with an exception when the list is empty, or names an image that is not in the ground truth. It passes
-        over categories that it does not know; here that is an error. Where results have a `bbox`, it takes the area of the box for
-        that of the mask (APs, APm, APl); here a segment's area is that of its mask, with a `bbox` and without.
+        over categories that it does not know; here that is an error. Where the first result has a `bbox`, it takes the areas of boxes for
+        those of masks, which decide what is small, medium and large; so does this. Detectron2 removes `bbox` before it scores masks.
         """
         content = read_json(path)
         if not isinstance(content, list):
@@ -163,7 +164,8 @@ class InstanceFile:
             if "score" not in result:
                 raise FileError(f"{where} has no `score`. Expected a number.")
             _check_number(result, "score", where)
-            predictions[result["image_id"]].append(result)
+            area = {"area": _area_of_box(result, where)} if content[0].get("bbox") else {}
+            predictions[result["image_id"]].append({**result, **area})
         return predictions
 
 
@@ -293,9 +295,9 @@ def _check_panoptic_annotation(
         if not 0 < segment["id"] <= MAX_SEGMENT_ID:
             raise FileError(f"{where} has the segment id {segment['id']}. Expected 1 to {MAX_SEGMENT_ID}; 0 is void.")
         name = f"{where}, segment {segment['id']}"
-        if not 0 <= segment["category_id"] <= MAX_CATEGORY_ID or (
-            categories is not None and segment["category_id"] not in categories
-        ):
+        if not 0 <= segment["category_id"] <= MAX_CATEGORY_ID:
+            raise FileError(f"{name} has category {segment['category_id']}. Expected 0 to {MAX_CATEGORY_ID}.")
+        if categories is not None and segment["category_id"] not in categories:
             raise FileError(
                 f"{name} has category {segment['category_id']}, which is not among the categories of the ground truth."
             )
@@ -362,6 +364,15 @@ def _check_instance(
             f"{where} (image {image_id!r}) has a mask of size {segmentation.get('size')}, but the image is {size} "
             f"(height, width) in {ground_truth}."
         )
+
+
+def _area_of_box(result: Mapping[str, Any], where: str) -> float:
+    box = result.get("bbox")
+    if not isinstance(box, list) or len(box) != BOX_NUMBERS or not all(_is_finite(side) for side in box):
+        raise FileError(
+            f"{where} has the `bbox` {box}. Expected [x, y, width, height], as the first result has; or remove `bbox` everywhere."
+        )
+    return float(box[2] * box[3])
 
 
 def _kind(value: object) -> str:

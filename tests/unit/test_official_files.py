@@ -199,6 +199,13 @@ def test_predictions_need_no_categories_of_their_own_but_those_of_the_ground_tru
         PanopticFile.read_predictions(path, categories=truth.categories)
 
 
+@pytest.mark.parametrize("category_id", [-1, 2**31, 10**30])
+def test_categories_that_no_map_can_hold_are_refused_without_a_list_too(tmp_path, category_id):
+    path = write_panoptic(tmp_path, [[1]], [(1, category_id)])
+    with pytest.raises(FileError, match=rf"truth\.json: image 7, segment 1 has category {category_id}\. Expected 0 to"):
+        PanopticFile.read_predictions(path, categories=None)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Instance files
 # ---------------------------------------------------------------------------------------------------------------------

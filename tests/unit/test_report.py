@@ -260,7 +260,7 @@ def test_maps_without_scores_have_neither_diagram_nor_thresholds():
     analysis.add(1, predicted_classes=[0], scores=None, true_classes=[0], ious=[[1.0]])
     page = Page(render_report(dataclasses.replace(full_report(), errors=analysis.compute(), task="semantic")))
     (text,) = page.texts_of("body")
-    assert text.count("These predictions have no scores.") == 2
+    assert text.count("Semantic maps have no scores: every pixel has its best class.") == 2
     assert "A segment is all pixels of a class in an image. All predictions are counted." in text
     assert not page.all("svg")
 

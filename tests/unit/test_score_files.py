@@ -1,6 +1,8 @@
 """`python -m training.score files`: equal to the official tools' recorded scores, and clear about files that are wrong."""
 
+import contextlib
 import copy
+import io
 import itertools
 import json
 import math
@@ -15,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from training import score, score_files
 from training.official_files import decode_segment_ids, encode_segment_ids
@@ -121,6 +125,33 @@ def assert_equal(scores, expected, tolerance):
 def test_scores_equal_those_of_the_official_tool(task, files, run):
     entry, tolerance = TASKS[task]
     assert_equal(run(*files.options(task)), EXPECTED[entry], tolerance)
+
+
+def score_with_pycocotools(ground_truth, predictions):
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(ground_truth))
+        evaluation = COCOeval(truth, truth.loadRes(str(predictions)), "segm")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats
+
+
+def test_boxes_of_results_decide_what_is_small_as_in_the_official_tool(files, run):
+    predictions = files.folder / "instances_pred.json"
+    before = score_with_pycocotools(files.folder / "instances_gt.json", predictions)
+    change(
+        predictions,
+        lambda content: [entry.update(bbox=[0, 0, 40, 30 + 5 * (n % 2)]) for n, entry in enumerate(content)] and None,
+    )
+    expected = score_with_pycocotools(files.folder / "instances_gt.json", predictions)
+    assert np.abs(np.array(expected) - before).max() > 0.01, "the boxes change nothing here"
+    assert list(run(*files.options("instance")).values()) == pytest.approx(expected, rel=0, abs=1e-12)
+
+
+def test_boxes_of_some_results_alone_are_an_error(files, complaint):
+    change(files.folder / "instances_pred.json", lambda content: content[0].update(bbox=[0, 0, 3, 3]))
+    assert "result 1 (image" in complaint(*files.options("instance"))
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -121,7 +121,7 @@ class AveragePrecision(ImageScores[InstanceImage]):
         Args:
             image_id: names the image; each image is added once.
             predictions: each with `category_id` or `label_id`, `score` and `segmentation`: COCO run lengths
-                `{"size": [H, W], "counts": str}`. `segments_from_masks` makes them of masks.
+                `{"size": [H, W], "counts": str}`. `segments_from_masks` makes them of masks. Optionally `area`, as below.
             truths: each with `category_id` or `label_id` and `segmentation`: run lengths, compressed or not, or COCO
                 polygons; optionally `iscrowd`, and `area`, which then decides whether the segment is small, medium or
                 large instead of the mask's pixels, as in pycocotools.
@@ -214,6 +214,7 @@ class _Reader:
     def read_predictions(self, entries: Sequence[Mapping[str, Any]]) -> Segments:
         """Read the predicted segments and keep the best of each class, highest score first."""
         segments = self._read(entries, "Prediction")
+        self._take_areas(segments, entries, "Prediction")
         scores = [self._number(entry, "score", f"Prediction {index}") for index, entry in enumerate(entries)]
         kept: list[int] = []
         seen: dict[int, int] = {}
@@ -232,9 +233,7 @@ class _Reader:
     def read_truths(self, entries: Sequence[Mapping[str, Any]]) -> Segments:
         """Read the true segments, in their order."""
         segments = self._read(entries, "True segment")
-        for index, entry in enumerate(entries):
-            if "area" in entry:
-                segments["areas"][index] = self._number(entry, "area", f"True segment {index}")
+        self._take_areas(segments, entries, "True segment")
         return {**segments, "crowds": [int(bool(entry.get("iscrowd", 0))) for entry in entries]}
 
     def _read(self, entries: Sequence[Mapping[str, Any]], kind: str) -> Segments:
@@ -248,6 +247,12 @@ class _Reader:
         if areas is None:
             self._refuse_damaged(counts, names)
         return {"classes": classes, "counts": counts, "areas": areas}
+
+    def _take_areas(self, segments: Segments, entries: Sequence[Mapping[str, Any]], kind: str) -> None:
+        """Put the areas that entries have in the place of those of their masks."""
+        for index, entry in enumerate(entries):
+            if "area" in entry:
+                segments["areas"][index] = self._number(entry, "area", f"{kind} {index}")
 
     def _class(self, entry: Mapping[str, Any], name: str) -> int:
         class_id = entry.get("label_id", entry.get("category_id"))
