@@ -164,8 +164,10 @@ class InstanceFile:
             if "score" not in result:
                 raise FileError(f"{where} has no `score`. Expected a number.")
             _check_number(result, "score", where)
+            # An `area` of the result's own is passed over, as there.
+            kept = {key: value for key, value in result.items() if key != "area"}
             area = {"area": _area_of_box(result, where)} if content[0].get("bbox") else {}
-            predictions[result["image_id"]].append({**result, **area})
+            predictions[result["image_id"]].append({**kept, **area})
         return predictions
 
 
@@ -180,10 +182,8 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 - whatever the file holds
         return json.loads(path.read_bytes())
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}.") from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # not JSON, no text, numbers of thousands of digits, nested too deeply
+    # Neither JSON nor text, a number of thousands of digits, or lists nested too deeply.
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is no valid JSON: {error}.") from None
 
 
@@ -372,7 +372,7 @@ def _area_of_box(result: Mapping[str, Any], where: str) -> float:
         raise FileError(
             f"{where} has the `bbox` {box}. Expected [x, y, width, height], as the first result has; or remove `bbox` everywhere."
         )
-    return float(box[2] * box[3])
+    return float(box[2]) * float(box[3])
 
 
 def _kind(value: object) -> str:
