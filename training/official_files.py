@@ -21,6 +21,8 @@ MAX_CATEGORY_ID = 2**31 - 1
 MAX_IMAGE_SIDE = 100_000  # COCO's area ranges end at images of this side
 MOST_EXAMPLES = 5  # in a message
 BOX_NUMBERS = 4
+PNG_DEPTH = 24  # place of the byte with the bits of a pixel; the next one is the kind of colour
+PNG_GREY = 0
 
 
 class FileError(ValueError):
@@ -251,6 +253,12 @@ def read_class_indices(path: Path, ignore_index: int, void: int) -> NDArray[np.i
                 "For colours R + 256 G + 65536 B, pass the panoptic JSON file."
             )
         classes = np.asarray(image).astype(np.int64)
+    # Pillow spreads grey values of 2 and 4 bits over 0 to 255.
+    with path.open("rb") as file:
+        file.seek(PNG_DEPTH)
+        depth, color = file.read(2)
+    if color == PNG_GREY and depth in (2, 4):
+        classes //= 255 // (2**depth - 1)
     return np.where(classes == ignore_index, void, classes)
 
 

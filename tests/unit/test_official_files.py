@@ -1,6 +1,8 @@
 """Official files: segment ids as colours, PNG files of every kind, and JSON files that are read with checks."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -95,6 +97,29 @@ def write_classes(path, classes, mode):
 def test_every_pixel_of_a_class_index_file_is_a_class(tmp_path, mode, classes):
     path = write_classes(tmp_path / "classes.png", classes, mode)
     assert read_class_indices(path, ignore_index=255, void=VOID).tolist() == classes
+
+
+def write_grey_png(path, rows, bits):
+    """Write a grey PNG file of 2 or 4 bits a pixel, which Pillow cannot."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", len(rows[0]), len(rows), bits, 0, 0, 0, 0)
+    lines = b""
+    for row in rows:
+        digits = "".join(f"{value:0{bits}b}" for value in row)
+        digits += "0" * (-len(digits) % 8)
+        lines += b"\0" + int(digits, 2).to_bytes(len(digits) // 8, "big")
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_grey_files_of_few_bits_keep_their_classes(tmp_path, bits):
+    classes = [list(range(2**bits)), list(range(2**bits))[::-1]]
+    write_grey_png(tmp_path / "classes.png", classes, bits)
+    assert read_class_indices(tmp_path / "classes.png", ignore_index=255, void=VOID).tolist() == classes
 
 
 @pytest.mark.parametrize("ignore_index", [0, 255, 65535])
