@@ -13,16 +13,19 @@ if __package__ in (None, ""):  # started as a file, as `accelerate launch traini
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the program; `files` does without the libraries that a model needs, and starts in a third of the time."""
+    """Run the program. Help, mistakes in options, and files do without the libraries of models, which take seconds to import."""
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["files"]:
         from training import score_files  # noqa: PLC0415
 
         score_files.main(words[1:])
     else:
+        from training.score_options import make_parser  # noqa: PLC0415
+
+        options = make_parser().parse_args(words)
         from training import score_model  # noqa: PLC0415
 
-        score_model.main(words)
+        score_model.main(options, words)
 
 
 if __name__ == "__main__":
