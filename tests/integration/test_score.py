@@ -222,6 +222,7 @@ def test_three_processes_do_not_change_a_digit(scored, model, tmp_path):
         wait_for(process)
     said = [(tmp_path / f"log {rank}").read_text() for rank in range(3)]
     assert [process.exitcode for process in processes] == [0, 0, 0], said
+    assert re.search(rf"scoring.* {NUM_IMAGES // 3}/{NUM_IMAGES // 3} \[", said[0]), "each scores a third of the images"
     check_processes(tmp_path / "out", "".join(said), scored["panoptic"])
 
 

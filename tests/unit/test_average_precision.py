@@ -278,6 +278,11 @@ def test_tied_scores_rank_in_the_order_of_image_and_list():
     assert one_class([[LEFT]], [[(0.4, RIGHT), (0.4, LEFT)]])["AR1"] == 0.0
 
 
+def test_the_hundredth_prediction_counts_and_the_next_one_does_not():
+    assert one_class([[LEFT]], [[(0.9, RIGHT)] * 99 + [(0.1, LEFT)]])["AR100"] == 1.0
+    assert one_class([[LEFT]], [[(0.9, RIGHT)] * 100 + [(0.1, LEFT)]])["AR100"] == 0.0
+
+
 def test_iou_on_a_threshold_reaches_it():
     # 30 of 40 pixels: 0.50, 0.55, 0.60, 0.65, 0.70 and 0.75 of ten thresholds.
     scores = one_class([[LEFT]], [[(0.9, rectangle((10, 10), 0, 0, 10, 3))]])

@@ -82,6 +82,10 @@ def test_distance_is_a_share_of_the_diagonal(size, ratio, distance):
     assert boundary_distance(size, ratio) == distance
 
 
+def test_distance_is_that_of_the_paper_unless_another_is_asked_for():
+    assert boundary_distance((480, 640)) == 16  # 2 % of the diagonal of 800
+
+
 @pytest.mark.parametrize("ratio", [0.0, -0.1, float("nan"), float("inf")])
 def test_ratio_that_is_no_share_is_an_error(ratio):
     with pytest.raises(ValueError, match="dilation_ratio must be above 0"):
