@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -237,6 +238,7 @@ def run_in_fork(words: Sequence[str], log: Path, environment: Mapping[str, str])
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115 - in the place of pytest's
     os.environ.update(environment)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of a run in the parent, which was alone
     torch.set_num_threads(1)  # the others do not live in a fork
     main(words)
 
