@@ -8,7 +8,7 @@ channels, D channels of the per-pixel embedding, A attention heads. Parameter na
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -100,6 +100,17 @@ class MaskedAttentionDecoder(nn.Module):
         )
         self.layernorm = nn.LayerNorm(hidden_dim)
         self.mask_predictor = MaskPredictor(hidden_dim, mask_feature_size)
+        # Of the last training step, per layer, bool (B, Q). Kept as they are: reading them would wait for the device.
+        self._empty_masks: list[Tensor] = []
+
+    @property
+    def last_blocked_share(self) -> Tensor | None:
+        """Share of matched queries whose predicted mask was empty, so that they could attend to nothing and were let see all.
+
+        Of the last training step (forward pass), per layer: float32, (layers,), on the device. It costs nothing until it is read, and
+        only looking at its values waits for the device. `None` before the first step; compiled layers do not record it.
+        """
+        return torch.stack(self._empty_masks).float().mean(dim=(1, 2)) if self._empty_masks else None
 
     def forward(
         self,
@@ -130,6 +141,8 @@ class MaskedAttentionDecoder(nn.Module):
         keys = [value + position for value, position in zip(features.values, features.positions, strict=True)]
         level_embeddings = resize_to_levels(features.pixel_embedding, features.sizes)
 
+        if self.training and not torch.compiler.is_compiling():
+            self._empty_masks = []
         hidden_states, normed_states, mask_embeddings, attentions = [queries], [], [], []
         for index, layer in enumerate(self.layers):
             normed, mask_embedding = self._predict(hidden_states[-1])
@@ -138,7 +151,9 @@ class MaskedAttentionDecoder(nn.Module):
             level = index % len(keys)
             piloted = pilot if pilot is not None and index < pilot.num_layers else None
             # Noise is drawn here, outside of the layer: gradient checkpointing runs the layer a second time.
-            attention_mask = mask_attention(mask_embedding, level_embeddings[level], level, num_slots, piloted)
+            attention_mask = mask_attention(
+                mask_embedding, level_embeddings[level], level, num_slots, piloted, self._record_empty_masks
+            )
             queries, weights = layer(
                 hidden_states[-1],
                 query_positions,
@@ -158,6 +173,10 @@ class MaskedAttentionDecoder(nn.Module):
             mask_embeddings=(*mask_embeddings, mask_embedding),
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+    def _record_empty_masks(self, is_empty: Tensor) -> None:
+        if self.training and not torch.compiler.is_compiling():
+            self._empty_masks.append(is_empty)
 
     def _predict(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         normed = self.layernorm(queries)
@@ -182,7 +201,12 @@ def resize_to_levels(pixel_embedding: Tensor, sizes: Sequence[tuple[int, int]]) 
 
 @torch.no_grad()
 def mask_attention(
-    mask_embedding: Tensor, level_embedding: Tensor, level: int, num_slots: int, piloted: Pilot | None
+    mask_embedding: Tensor,
+    level_embedding: Tensor,
+    level: int,
+    num_slots: int,
+    piloted: Pilot | None,
+    record: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Forbid every query to attend outside of the mask it predicts; pilot slots, outside of the ground truth.
 
@@ -192,6 +216,7 @@ def mask_attention(
         level: feature level.
         num_slots: P.
         piloted: the pilot, in layers piloted by the ground truth; `None` in all others.
+        record: called with bool, (B, Q): which matched queries predict an empty mask.
 
     Returns:
         bool, (B, 1 or A, N, M). True forbids the query to attend to the cell. No row is True everywhere: a query that would
@@ -199,7 +224,10 @@ def mask_attention(
     """
     own = mask_embedding if piloted is None else mask_embedding[:, num_slots:]
     blocked = (own @ level_embedding < 0)[:, None]  # sigmoid(x) < 0.5
-    blocked = blocked & ~blocked.all(dim=-1, keepdim=True)
+    is_empty = blocked.all(dim=-1, keepdim=True)
+    if record is not None:
+        record(is_empty[:, 0, num_slots if piloted is None else 0 :, 0])
+    blocked = blocked & ~is_empty
     if piloted is None:
         return blocked
     drawn = piloted.masks.draw_attention_mask(level)

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .mask_matching import Assignment, CostWeights, assign, compute_matching_costs
+from .global_batch import GlobalBatch
+from .mask_matching import Assignment, CostWeights, assign, compute_matching_costs, measure_stability
 from .mask_piloting import SlotLayout
-from .point_sampling import MaskReader, choose_points, sample_maps
+from .point_sampling import IgnoredPixels, MaskReader, choose_points, sample_maps
 from .target_checks import Targets, raise_for_values
 
 logger = logging.get_logger(__name__)
@@ -77,8 +78,11 @@ class UniversalSegmentationCriterion(nn.Module):
     Attributes:
         empty_weight: float32, (K + 1,), class weights of the cross entropy; saved with the model. Of the last, that of "no
             object", the configured value counts.
-        nonfinite_steps: consecutive training steps with non-finite matching costs so far; not saved.
+        nonfinite_steps: consecutive training steps (forward passes) with non-finite matching costs so far; not saved.
         surplus_segments: segments so far that no query was left for; not saved.
+        last_match_stability: of the last training step, for the supervised levels from the second on: share of the segments
+            whose query is the one of the level before, mean over images (see `measure_stability`); `None` before the first
+            step and after one without a segment; not saved.
         has_warned_of_nonfinite: such a step has been reported; later ones are only counted.
     """
 
@@ -104,6 +108,7 @@ class UniversalSegmentationCriterion(nn.Module):
         self.training_steps = 0
         self.nonfinite_steps = 0
         self.surplus_segments = 0
+        self.last_match_stability: list[float] | None = None
         self.has_warned_of_nonfinite = False
 
     @torch.no_grad()
@@ -126,7 +131,8 @@ class UniversalSegmentationCriterion(nn.Module):
         """Match and compute the losses; one transfer to the host.
 
         In training every process of a distributed run must call this in every step: normalisers are summed over processes, so
-        that the average of all processes' losses (which DDP takes) is the loss of the global batch.
+        that the average of all processes' losses (which DDP takes) is the loss of the global batch. With `targets.global_batch`,
+        in training and evaluation, they are those of the whole optimiser step, and no process waits for another here.
 
         Args:
             predictions: of all levels.
@@ -177,6 +183,7 @@ class UniversalSegmentationCriterion(nn.Module):
             targets.padded_size,
             weights=self.weights,
             num_points=self.points.num_points,
+            ignore_masks=targets.ignore_masks,
         )
         parts = [targets.values.detach(), *costs]
         fetched = torch.cat([part.flatten() for part in parts]).cpu().numpy()
@@ -186,6 +193,8 @@ class UniversalSegmentationCriterion(nn.Module):
         )
         raise_for_values(values, targets, self.num_labels)
         assignments = [assign(cost) for cost in host_costs]
+        if self.training:
+            self.last_match_stability = measure_stability(assignments, targets.num_segments, len(class_logits))
         self._count_nonfinite(assignments)
         self._count_surplus(targets, num_queries=class_logits.shape[2] - num_slots)
         return assignments
@@ -249,21 +258,38 @@ class UniversalSegmentationCriterion(nn.Module):
         index = _to_device((rows.level, rows.image, rows.position, first_segment + rows.target), labels.device)
         labels[index[0], index[1], index[2]] = torch.cat(targets.class_labels)[index[3]]
 
-        empty_weight = self.empty_weight.float().clone()
-        empty_weight[-1] = self.no_object_weight  # the configuration's, also when the file was trained with another
+        empty_weight = self._class_weights()
         terms = nn.functional.cross_entropy(
             class_logits.flatten(0, 2), labels.flatten(), weight=empty_weight, reduction="none"
         ).view_as(labels)
-        weights = empty_weight[labels]
         names = {"loss_cross_entropy": slice(num_slots, None)}
         if layout is not None:
             names["loss_pilot_cross_entropy"] = slice(0, num_slots)
-        totals = torch.stack([weights[:, :, part].sum(dim=(1, 2)) for part in names.values()])
-        num_processes = _sum_over_processes(totals) if self.training else 1
+        if targets.global_batch is None:
+            weights = empty_weight[labels]
+            totals = torch.stack([weights[:, :, part].sum(dim=(1, 2)) for part in names.values()])
+            num_parts = _sum_over_processes(totals) if self.training else 1
+        else:
+            totals = self._weigh_global_batch(targets.global_batch, labels.shape[2] - num_slots, layout)
+            num_parts = targets.global_batch.num_parts
         return {
-            name: self.weights.label * num_processes * terms[:, :, part].sum(dim=(1, 2)) / total.clamp(min=1e-12)
+            name: self.weights.label * num_parts * terms[:, :, part].sum(dim=(1, 2)) / total.clamp(min=1e-12)
             for (name, part), total in zip(names.items(), totals, strict=True)
         }
+
+    def _class_weights(self) -> Tensor:
+        """Of the cross entropy: float32, (K + 1,)."""
+        weights = self.empty_weight.float().clone()
+        weights[-1] = self.no_object_weight  # the configuration's, also when the file was trained with another
+        return weights
+
+    def _weigh_global_batch(self, counts: GlobalBatch, num_queries: int, layout: SlotLayout | None) -> Tensor:
+        """Sums of class weights of the whole step, of matched queries and, with a layout, pilot slots: (1 or 2, 1)."""
+        class_weights = self._class_weights()
+        totals = [counts.weigh_matched_labels(class_weights, num_queries)]
+        if layout is not None:
+            totals.append(counts.weigh_pilot_labels(class_weights, layout.num_groups))
+        return torch.stack(totals)[:, None]
 
     # --------------------------------------------------------------------------------------------------------------- masks
 
@@ -294,7 +320,9 @@ class UniversalSegmentationCriterion(nn.Module):
         return total, terms
 
     def _count_masks(self, targets: Targets, device: torch.device) -> Tensor:
-        """Segments of the global batch, divided by the number of processes (once), at least 1."""
+        """Segments of the global batch, divided by the number of its parts (once), at least 1."""
+        if targets.global_batch is not None:
+            return torch.full((), targets.global_batch.divide_masks(), device=device)
         count = torch.full((), float(sum(targets.num_segments)), device=device)
         num_processes = _sum_over_processes(count) if self.training else 1
         return (count / num_processes).clamp(min=1)
@@ -375,12 +403,15 @@ class _PointMaskLoss(torch.autograd.Function):
             if not chunks:
                 continue
             reader = MaskReader(targets.mask_labels[image], targets.padded_size)
+            ignore_mask = None if targets.ignore_masks is None else targets.ignore_masks[image]
+            ignored = None if ignore_mask is None else IgnoredPixels(ignore_mask, targets.padded_size)
             for chunk in chunks:
                 masks = (embeddings[chunk] @ pixels).view(-1, 1, *pixel_embedding.shape[2:])
-                points = _choose_points(masks, row_targets.points)
+                points = _choose_points(masks, row_targets.points, ignored)
                 labels = reader.read(target_index[chunk], points)
+                counted = None if ignored is None else ~ignored.at(points)
                 scales = mask_scale[chunk], dice_scale[chunk]
-                losses, gradient = _compare_at_points(masks, points, labels, scales, needs_gradient)
+                losses, gradient = _compare_at_points(masks, points, labels, counted, scales, needs_gradient)
                 cross_entropy[chunk], dice[chunk] = losses
                 if grad_embeddings is not None and grad_pixels is not None:
                     torch.mm(gradient, pixels.T, out=grad_embeddings[chunk])
@@ -409,12 +440,23 @@ def _chunk_rows(row_targets: RowTargets, embedding_shape: torch.Size) -> list[li
     ]
 
 
-def _choose_points(masks: Tensor, settings: PointSettings) -> Tensor:
-    return choose_points(masks, settings.num_points, settings.oversample_ratio, settings.importance_sample_ratio)
+def _choose_points(masks: Tensor, settings: PointSettings, ignored: IgnoredPixels | None) -> Tensor:
+    return choose_points(
+        masks,
+        settings.num_points,
+        settings.oversample_ratio,
+        settings.importance_sample_ratio,
+        None if ignored is None else ignored.at,
+    )
 
 
 def _compare_at_points(
-    masks: Tensor, points: Tensor, labels: Tensor, scales: tuple[Tensor, Tensor], needs_gradient: bool
+    masks: Tensor,
+    points: Tensor,
+    labels: Tensor,
+    counted: Tensor | None,
+    scales: tuple[Tensor, Tensor],
+    needs_gradient: bool,
 ) -> tuple[tuple[Tensor, Tensor], Tensor]:
     """Losses of some rows of one image, and the gradient of their scaled sum with respect to the mask logits.
 
@@ -422,6 +464,7 @@ def _compare_at_points(
         masks: (rows, 1, h, w), logits.
         points: (rows, P, 2).
         labels: (rows, P), in [0, 1].
+        counted: bool, (rows, P), False for points that do not count; `None` where all do.
         scales: of the mask and the dice loss, (rows,) each.
         needs_gradient: `False` leaves the gradient out.
 
@@ -431,7 +474,7 @@ def _compare_at_points(
     with torch.set_grad_enabled(needs_gradient):
         leaf = masks.detach().requires_grad_(needs_gradient)
         logits = sample_maps(leaf, points)[:, 0]
-        losses = binary_cross_entropy_loss(logits, labels), dice_loss(logits, labels)
+        losses = binary_cross_entropy_loss(logits, labels, counted), dice_loss(logits, labels, counted)
         if not needs_gradient:
             return losses, masks
         total = (losses[0] * scales[0] + losses[1] * scales[1]).sum()
@@ -439,14 +482,25 @@ def _compare_at_points(
     return (losses[0].detach(), losses[1].detach()), gradient.flatten(1)
 
 
-def binary_cross_entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over points of the binary cross entropy: logits and labels (R, P) to (R,)."""
-    return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
+def binary_cross_entropy_loss(logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> Tensor:
+    """Mean over points of the binary cross entropy: logits and labels (R, P) to (R,).
+
+    With `counted`, bool (R, P), over points that are True there; 0 where there is none.
+    """
+    losses = nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    if counted is None:
+        return losses.mean(1)
+    return (losses * counted).sum(1) / counted.sum(1).clamp(min=1)
 
 
-def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """1 - (2 sum(p y) + 1) / (sum(p) + sum(y) + 1) over points: logits and labels (R, P) to (R,)."""
+def dice_loss(logits: Tensor, labels: Tensor, counted: Tensor | None = None) -> Tensor:
+    """1 - (2 sum(p y) + 1) / (sum(p) + sum(y) + 1) over points: logits and labels (R, P) to (R,).
+
+    With `counted`, bool (R, P), over points that are True there; 0 where there is none.
+    """
     probabilities = logits.sigmoid()
+    if counted is not None:
+        probabilities, labels = probabilities * counted, labels * counted
     overlap = 2 * (probabilities * labels).sum(1)
     return 1 - (overlap + 1) / (probabilities.sum(1) + labels.sum(1) + 1)
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.import_utils import is_scipy_available
 
-from .point_sampling import sample_maps, sample_masks
+from .point_sampling import IgnoredPixels, sample_maps, sample_masks
 
 if is_scipy_available():
     from scipy.optimize import linear_sum_assignment
 
 # Stands in for costs that are not finite, so that the assignment exists.
 LARGEST_COST = 1e10
+UNMATCHED = -1
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def compute_matching_costs(
     *,
     weights: CostWeights,
     num_points: int,
+    ignore_masks: Sequence[Tensor | None] | None = None,
 ) -> list[Tensor]:
     """Cost of pairing each query with each segment.
 
@@ -69,6 +71,7 @@ def compute_matching_costs(
         padded_size: height and width of the padded images.
         weights: of the three costs.
         num_points: P.
+        ignore_masks: per image, bool (., .), see `IgnoredPixels`; points there do not count. `None` where all count.
 
     Returns:
         Per image, float32, (V, Q, T).
@@ -82,20 +85,28 @@ def compute_matching_costs(
         image_points = points[image : image + 1]
         targets = sample_masks(masks, torch.arange(len(masks), device=masks.device), image_points, padded_size)
         embedding = sample_maps(pixel_embedding[image : image + 1], image_points)[0]  # (D, P)
+        ignore_mask = None if ignore_masks is None else ignore_masks[image]
+        counted = None if ignore_mask is None else ~IgnoredPixels(ignore_mask, padded_size).at(image_points)[0]
         label_cost = -class_logits[:, image].softmax(-1)[:, :, labels]
         mask_cost = torch.stack(
-            [compute_mask_costs(level @ embedding, targets, weights) for level in mask_embeddings[:, image]]
+            [compute_mask_costs(level @ embedding, targets, weights, counted) for level in mask_embeddings[:, image]]
         )
         costs.append(weights.label * label_cost + mask_cost)
     return costs
 
 
-def compute_mask_costs(logits: Tensor, targets: Tensor, weights: CostWeights) -> Tensor:
-    """Weighted cross entropy and dice costs of all pairs: logits (Q, P) and targets (T, P) in [0, 1] to (Q, T)."""
-    num_points = logits.shape[1]
+def compute_mask_costs(logits: Tensor, targets: Tensor, weights: CostWeights, counted: Tensor | None = None) -> Tensor:
+    """Weighted cross entropy and dice costs of all pairs: logits (Q, P) and targets (T, P) in [0, 1] to (Q, T).
+
+    Where `counted`, bool (P,), is given, only points that are True there count; if none is, both costs are 0.
+    """
+    num_points: int | Tensor = logits.shape[1]
     # softplus(x) - x y is the binary cross entropy of logit x and target y.
-    cross_entropy = (nn.functional.softplus(logits).sum(1)[:, None] - logits @ targets.T) / num_points
-    probabilities = logits.sigmoid()
+    softplus, probabilities = nn.functional.softplus(logits), logits.sigmoid()
+    if counted is not None:
+        num_points = counted.sum().clamp(min=1)
+        softplus, probabilities, targets = softplus * counted, probabilities * counted, targets * counted
+    cross_entropy = (softplus.sum(1)[:, None] - logits @ targets.T) / num_points
     overlap = 2 * probabilities @ targets.T
     total = probabilities.sum(1)[:, None] + targets.sum(1)[None, :]
     return weights.mask * cross_entropy + weights.dice * (1 - (overlap + 1) / (total + 1))
@@ -121,3 +132,29 @@ def assign(costs: np.ndarray) -> Assignment:
         target=np.concatenate([target for _, target in pairs]).astype(np.int64),
         nonfinite_levels=tuple(int(level) for level in np.flatnonzero(~finite)),
     )
+
+
+def measure_stability(
+    assignments: Sequence[Assignment], num_segments: Sequence[int], num_levels: int
+) -> list[float] | None:
+    """How much the matching of each level agrees with that of the level before.
+
+    Args:
+        assignments: per image.
+        num_segments: T of each image.
+        num_levels: V.
+
+    Returns:
+        For the levels 1 to V - 1: of the segments of an image that are matched, the share whose query is the one of the level before;
+        mean over images with segments. `None` if there is none.
+    """
+    shares = []
+    for found, num_targets in zip(assignments, num_segments, strict=True):
+        if num_targets == 0:
+            continue
+        queries = np.full((num_levels, num_targets), UNMATCHED)
+        queries[found.level, found.target] = found.query
+        is_matched = queries[1:] != UNMATCHED
+        is_same = is_matched & (queries[1:] == queries[:-1])
+        shares.append(is_same.sum(axis=1) / is_matched.sum(axis=1))
+    return np.mean(shares, axis=0).tolist() if shares else None

@@ -33,6 +33,7 @@ from transformers.utils.import_utils import is_timm_available
 
 from .configuration_mpformer import FEATURE_STRIDES, MPFormerConfig
 from .frozen_batch_norm import FrozenBatchNorm2d
+from .global_batch import GlobalBatch
 from .hub_kernel import KernelFallback
 from .mask_decoder import DecoderFeatures, DecoderOutput, MaskedAttentionDecoder, Pilot
 from .mask_losses import LevelPredictions, PointSettings, UniversalSegmentationCriterion
@@ -171,6 +172,9 @@ class MPFormerPreTrainedModel(KernelFallback, PreTrainedModel):
         """Visit every module: of custom code, transformers skips those without parameters of their own, such as our layers."""
         super()._initialize_weights(module)
 
+    def get_input_embeddings(self) -> None:  # type: ignore[override] # transformers expects a module
+        """There are none: images come in. Transformers' default raises, and Accelerate asks every model that it shards."""
+
     def enable_input_require_grads(self) -> None:
         """Let gradients pass checkpointed layers behind frozen weights. PEFT calls this for a model with gradient checkpointing.
 
@@ -214,6 +218,8 @@ class MPFormerModel(MPFormerPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        ignore_masks: list[Tensor | None] | None = None,
+        global_batch: GlobalBatch | None = None,
     ) -> MPFormerModelOutput | tuple:
         """Run the network; in training with labels, the mask-piloted branch too.
 
@@ -226,13 +232,16 @@ class MPFormerModel(MPFormerPreTrainedModel):
             output_hidden_states: return features, hidden states and masks of all levels.
             output_attentions: return self-attention weights.
             return_dict: `False` returns a tuple of the fields that are tensors (or tuples of them).
+            ignore_masks: as of [`MPFormerForUniversalSegmentation`]; the network does not see them, the targets hold them.
+            global_batch: counts of the whole optimiser step; the pilot slots are laid out for its largest image.
         """
         output_hidden_states = self._choose(output_hidden_states, "output_hidden_states")
         output_attentions = self._choose(output_attentions, "output_attentions")
         check_images(pixel_values, pixel_mask)
         image_sizes = measure_images(pixel_values, pixel_mask)
+        known_sizes = image_sizes if pixel_mask is not None else None
         targets = self._check_targets(
-            pixel_values, image_sizes if pixel_mask is not None else None, mask_labels, class_labels
+            pixel_values, known_sizes, mask_labels, class_labels, ignore_masks=ignore_masks, global_batch=global_batch
         )
 
         backbone_features, pixel_embedding, features = self.pixel_level_module(pixel_values)
@@ -267,7 +276,12 @@ class MPFormerModel(MPFormerPreTrainedModel):
         return tuple(value for value in output.values() if not isinstance(value, Targets | SlotLayout))
 
     def _check_targets(
-        self, pixel_values: Tensor, image_sizes: Tensor | None, mask_labels: list | None, class_labels: list | None
+        self,
+        pixel_values: Tensor,
+        image_sizes: Tensor | None,
+        mask_labels: list | None,
+        class_labels: list | None,
+        **rest: Any,
     ) -> Targets | None:
         if mask_labels is None and class_labels is None:
             return None
@@ -276,7 +290,8 @@ class MPFormerModel(MPFormerPreTrainedModel):
             raise ValueError(
                 f"Expected `mask_labels` and `class_labels` together, got no `{missing}`. Pass both or neither."
             )
-        return check_targets(pixel_values, image_sizes, mask_labels, class_labels, self.config.count_labels())
+        num_labels = self.config.count_labels()
+        return check_targets(pixel_values, image_sizes, mask_labels, class_labels, num_labels, **rest)
 
     def _choose(self, argument: bool | None, name: str) -> bool:
         return bool(getattr(self.config, name) if argument is None else argument)
@@ -360,6 +375,8 @@ class MPFormerForUniversalSegmentation(MPFormerPreTrainedModel):
         output_auxiliary_logits: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        ignore_masks: list[Tensor | None] | None = None,
+        global_batch: GlobalBatch | None = None,
     ) -> MPFormerForUniversalSegmentationOutput | tuple:
         """Predict; with labels, compute the loss; in training with labels, with the mask-piloted branch.
 
@@ -373,6 +390,11 @@ class MPFormerForUniversalSegmentation(MPFormerPreTrainedModel):
             output_auxiliary_logits: return the logits of all levels, and in training those of the pilot slots.
             output_attentions: return self-attention weights.
             return_dict: `False` returns a tuple of the fields that are not `None`.
+            ignore_masks: per image, bool, (h, w), True where no label is known, or `None`; of the padded size or of the image's own.
+                Points of the matching and of the mask losses that touch such a pixel do not count, and the mask labels there have
+                no influence on the loss; a segment none of whose points counts has mask losses of zero. The attention of
+                pilot slots is unaffected. Without labels it means nothing.
+            global_batch: from `count_global_batch`, for gradient accumulation. Without labels it means nothing.
 
         Raises:
             ValueError: images or labels that cannot be right; the message names the image.
@@ -386,6 +408,8 @@ class MPFormerForUniversalSegmentation(MPFormerPreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
+            ignore_masks=ignore_masks,
+            global_batch=global_batch,
         )
         auxiliary = self.config.output_auxiliary_logits if output_auxiliary_logits is None else output_auxiliary_logits
         layout = outputs.pilot_layout
@@ -416,6 +440,37 @@ class MPFormerForUniversalSegmentation(MPFormerPreTrainedModel):
         )
         returns_dict = self.config.return_dict if return_dict is None else return_dict
         return result if returns_dict else result.to_tuple()
+
+    def count_global_batch(self, class_labels: Sequence[Sequence[Tensor]]) -> GlobalBatch:
+        """Count the segments of an optimiser step of several forward passes, before the first of them.
+
+        Without it, every pass is divided by its own number of segments (over all processes), and a step of M passes is not the
+        step of one batch with all images. With it, passes are treated like further processes: the mean of the losses of
+        all passes and processes, which gradient accumulation and DDP take, is the loss of the global batch, and so are
+        the gradients. It is exact if no image has more segments than queries (see `GlobalBatch`).
+
+        Of several processes, all must call it (of wrapped models, on the model inside); each passes the labels of its own
+        batches, equally many on every process. That is the only time they wait for each other: forward passes with
+        `global_batch` do not.
+
+        Args:
+            class_labels: for each pass of this process, `class_labels` of its batch: per image, int64, (T,).
+
+        Examples:
+        ```python
+        batches = [next(loader) for _ in range(4)]
+        counts = model.count_global_batch([batch["class_labels"] for batch in batches])
+        for batch in batches:
+            (model(**batch, global_batch=counts).loss / len(batches)).backward()
+        optimizer.step()
+        ```
+        """
+        return GlobalBatch.count(
+            class_labels,
+            num_labels=self.config.count_labels(),
+            num_queries=self.config.num_queries,
+            device=self.criterion.empty_weight.device,
+        )
 
     @torch.compiler.disable
     def _compute_loss(
@@ -583,10 +638,12 @@ class TransformerModule(nn.Module):
         queries = look_up(self.queries_features, device).expand(len(pixel_embedding), -1, -1)
         layout, pilot = None, None
         if self.training and self.config.mask_piloting and targets is not None:
-            layout, pilot = self._make_pilot(targets, decoder_features.sizes, device)
+            # Once in every step, whatever the images hold: of sharded weights, each call is work of all processes.
+            label_embedding = look_up(self.pilot_label_embedder, device)
+            layout, pilot = self._make_pilot(targets, decoder_features.sizes, label_embedding)
             if layout is None or not layout.num_segments:
                 # DDP wants every parameter in every step's graph.
-                queries = queries + 0.0 * self.pilot_label_embedder.weight.sum()
+                queries = queries + 0.0 * label_embedding.sum()
         decoded = self.decoder(
             queries,
             look_up(self.queries_embedder, device) if self.config.query_position_embedding else None,
@@ -611,7 +668,10 @@ class TransformerModule(nn.Module):
     def _lay_out(self, targets: Targets, device: torch.device) -> SlotLayout | None:
         """Slots of this step; `None` when no group fits."""
         config = self.config
-        max_targets = maximum_over_processes(max(targets.num_segments, default=0), device)
+        if targets.global_batch is None:
+            max_targets = maximum_over_processes(max(targets.num_segments, default=0), device)
+        else:
+            max_targets = targets.global_batch.max_segments
         num_groups = count_pilot_groups(max_targets, config.pilot_groups, config.pilot_query_budget)
         if num_groups == 0:
             if max_targets > 0:
@@ -631,16 +691,16 @@ class TransformerModule(nn.Module):
 
     @torch.compiler.disable  # every new number of segments would be another graph
     def _make_pilot(
-        self, targets: Targets, sizes: Sequence[tuple[int, int]], device: torch.device
+        self, targets: Targets, sizes: Sequence[tuple[int, int]], label_embedding: Tensor
     ) -> tuple[SlotLayout | None, Pilot | None]:
-        """The pilot slots of this step; both `None` when no group fits."""
-        config = self.config
+        """The pilot slots of this step, for an embedding of labels (K, C); both `None` when no group fits."""
+        config, device = self.config, label_embedding.device
         layout = self._lay_out(targets, device)
         if layout is None:
             return None, None
         noise = PilotNoise(config.pilot_mask_noise, config.pilot_mask_noise_ratio, config.pilot_noise_per_head)
         queries = embed_pilot_labels(
-            torch.cat(targets.class_labels), self.pilot_label_embedder.weight, layout, config.pilot_label_noise_ratio
+            torch.cat(targets.class_labels), label_embedding, layout, config.pilot_label_noise_ratio
         )
         return layout, Pilot(
             queries=queries,
@@ -653,7 +713,7 @@ class TransformerModule(nn.Module):
 
 
 def look_up(embedding: nn.Embedding, device: torch.device) -> Tensor:
-    """All rows of an embedding, (rows, C). By a call: under a device map, an offloaded weight exists during the call alone."""
+    """All rows of an embedding, (rows, C). By a call: offloaded or sharded, a weight may exist during the call alone."""
     return embedding(torch.arange(embedding.num_embeddings, device=device))
 
 

@@ -4,6 +4,8 @@ Points are (x, y) in [0, 1] of the padded image, (0, 0) its top left corner. Axe
 P points, h w size of a map.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -104,9 +106,35 @@ class MaskReader:
         return self.table[corner], self.table[corner + 1], self.table[below], self.table[below + 1]
 
 
+class IgnoredPixels:
+    """Pixels of one image whose label is unknown.
+
+    A point is ignored when any pixel that a bilinear value there depends on is unknown: what a mask says about such pixels
+    then changes nothing.
+    """
+
+    def __init__(self, ignore_mask: Tensor, padded_size: tuple[int, int]) -> None:
+        """Prepare.
+
+        Args:
+            ignore_mask: bool, (h, w), True where the label is unknown. Where it is smaller than the padded image it lies in its
+                top left corner; the rest is known.
+            padded_size: height and width of the padded image.
+        """
+        self._reader = MaskReader(ignore_mask[None], padded_size)
+
+    def at(self, points: Tensor) -> Tensor:
+        """Which points are ignored: (R, P, 2) to bool (R, P)."""
+        return self._reader.read(torch.zeros(len(points), dtype=torch.int64, device=points.device), points) > 0
+
+
 @torch.no_grad()
 def choose_points(
-    mask_logits: Tensor, num_points: int, oversample_ratio: float, importance_sample_ratio: float
+    mask_logits: Tensor,
+    num_points: int,
+    oversample_ratio: float,
+    importance_sample_ratio: float,
+    is_ignored: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Prefer points where a mask is uncertain, that is, where its logit is near zero.
 
@@ -118,6 +146,8 @@ def choose_points(
         num_points: P, of the result.
         oversample_ratio: >= 1.
         importance_sample_ratio: in [0, 1].
+        is_ignored: which points (R, ., 2) do not count, bool (R, .). Such candidates are kept only if there are too few others;
+            of the points that are drawn afresh, any may be among them.
 
     Returns:
         (R, P, 2), in the type of the logits.
@@ -126,6 +156,8 @@ def choose_points(
     num_uncertain = int(importance_sample_ratio * num_points)
     candidates = torch.rand(num_rows, int(num_points * oversample_ratio), 2, device=device, dtype=dtype)
     certainty = sample_maps(mask_logits, candidates)[:, 0].abs()
+    if is_ignored is not None:
+        certainty = certainty.masked_fill(is_ignored(candidates), torch.inf)
     index = certainty.topk(num_uncertain, dim=1, largest=False, sorted=False).indices
     uncertain = candidates.gather(1, index[:, :, None].expand(-1, -1, 2))
     return torch.cat(

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .global_batch import GlobalBatch
 from .mask_post_processing import valid_sizes
 
 SMALLEST_IMAGE = 32
@@ -25,12 +26,16 @@ class Targets:
         class_labels: per image, int64, (T,); clamped into the range of classes.
         padded_size: height and width of the padded images.
         values: float32, (B, 6), what `raise_for_values` looks at on the host.
+        ignore_masks: per image, bool, (h, w), True where the label is unknown, or `None`; `None` where all labels are known.
+        global_batch: counts of the whole optimiser step; `None` where this batch, on every process, is all of it.
     """
 
     mask_labels: list[Tensor]
     class_labels: list[Tensor]
     padded_size: tuple[int, int]
     values: Tensor
+    ignore_masks: list[Tensor | None] | None = None
+    global_batch: GlobalBatch | None = None
 
     @property
     def num_segments(self) -> list[int]:
@@ -81,6 +86,9 @@ def check_targets(
     mask_labels: Sequence[Tensor],
     class_labels: Sequence[Tensor],
     num_labels: int,
+    *,
+    ignore_masks: Sequence[Tensor | None] | None = None,
+    global_batch: GlobalBatch | None = None,
 ) -> Targets:
     """Refuse ground truth whose shapes cannot be right, and prepare the check of its values.
 
@@ -90,27 +98,70 @@ def check_targets(
         mask_labels: per image, (T, h, w); (h, w) is the padded size or the image's valid size.
         class_labels: per image, (T,).
         num_labels: K.
+        ignore_masks: per image, bool, (h, w), True where the label is unknown, or `None`; sizes as of the masks.
+        global_batch: counts of the whole optimiser step.
 
     Raises:
         ValueError: names the image, what was expected, what came and what to do.
     """
     padded_size = (pixel_values.shape[2], pixel_values.shape[3])
-    for name, given in (("mask_labels", mask_labels), ("class_labels", class_labels)):
-        if len(given) != len(pixel_values):
-            raise ValueError(
-                f"Expected `{name}` with one tensor for each of the {len(pixel_values)} images, got {len(given)}. "
-                "An image without segments has an empty tensor."
-            )
+    advice = "An image without segments has an empty tensor."
+    _check_number("mask_labels", mask_labels, len(pixel_values), advice)
+    _check_number("class_labels", class_labels, len(pixel_values), advice)
+    ignored: list[Tensor | None] = [None] * len(pixel_values)
+    if ignore_masks is not None:
+        _check_number("ignore_masks", ignore_masks, len(pixel_values), "It is `None` for an image without such pixels.")
+        ignored = [
+            mask if mask is None else _check_ignore_mask(image, mask).to(pixel_values.device, non_blocking=True)
+            for image, mask in enumerate(ignore_masks)
+        ]
     pixels = pixel_values.detach().flatten(1)
     masks_on_device, labels_on_device, values = [], [], []
     for image, (masks, labels) in enumerate(zip(mask_labels, class_labels, strict=True)):
         masks = _check_masks(image, masks).to(pixels.device, non_blocking=True)  # noqa: PLW2901
         labels = _check_labels(image, labels, len(masks)).to(pixels.device, non_blocking=True)  # noqa: PLW2901
-        size_differs = _compare_sizes(image, masks, padded_size, image_sizes)
+        size_differs = _compare_sizes(image, masks, ignored[image], padded_size, image_sizes)
         values.append(_summarise(pixels[image], masks, labels, size_differs))
         masks_on_device.append(masks)
         labels_on_device.append(labels.clamp(0, num_labels - 1))
-    return Targets(masks_on_device, labels_on_device, padded_size, torch.stack(values))
+    targets = Targets(
+        masks_on_device,
+        labels_on_device,
+        padded_size,
+        torch.stack(values),
+        ignore_masks=None if ignore_masks is None else ignored,
+        global_batch=global_batch,
+    )
+    _check_global_batch(targets)
+    return targets
+
+
+def _check_number(name: str, given: Sequence[Tensor | None], num_images: int, advice: str) -> None:
+    if len(given) != num_images:
+        raise ValueError(
+            f"Expected `{name}` with one tensor for each of the {num_images} images, got {len(given)}. {advice}"
+        )
+
+
+def _check_ignore_mask(image: int, mask: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.dtype != torch.bool:  # noqa: PLR2004
+        came = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"Expected the ignore mask of image {image} as a bool tensor of shape (height, width), got {came}. "
+            "Pass True for pixels whose label is unknown, such as `label_map == 255`."
+        )
+    return mask
+
+
+def _check_global_batch(targets: Targets) -> None:
+    counts, num_segments = targets.global_batch, targets.num_segments
+    if counts is None or max(num_segments, default=0) <= counts.max_segments:
+        return
+    image = int(np.argmax(num_segments))
+    raise ValueError(
+        f"Expected images of at most {counts.max_segments} segments, as `global_batch` has counted, got {num_segments[image]} in "
+        f"image {image}. Count the class labels of all batches of the step, this one included."
+    )
 
 
 def _check_masks(image: int, masks: Tensor) -> Tensor:
@@ -140,28 +191,46 @@ def _check_labels(image: int, labels: Tensor, num_masks: int) -> Tensor:
     return labels.long()
 
 
+MASKS, IGNORE_MASK = "masks", "ignore mask"
+
+
 def _compare_sizes(
-    image: int, masks: Tensor, padded_size: tuple[int, int], image_sizes: Tensor | None
+    image: int, masks: Tensor, ignore_mask: Tensor | None, padded_size: tuple[int, int], image_sizes: Tensor | None
 ) -> Tensor | None:
-    """Whether the masks have neither the padded size nor, as far as the device knows, the image's own: bool, ()."""
-    size = tuple(masks.shape[1:])
-    if size == padded_size or len(masks) == 0:
-        return None
-    if image_sizes is None or size[0] > padded_size[0] or size[1] > padded_size[1] or 0 in size:
-        raise ValueError(_size_message(image, size, padded_size))
-    return (image_sizes[image, 0] != size[0]) | (image_sizes[image, 1] != size[1])
+    """What has neither the padded size nor, as far as the device knows, the image's own: float32, (), see `_find_misfit`."""
+    sizes = {} if len(masks) == 0 else {MASKS: tuple(masks.shape[1:])}
+    if ignore_mask is not None:
+        sizes[IGNORE_MASK] = tuple(ignore_mask.shape)
+    differs = None
+    for name, size in sizes.items():
+        if size == padded_size:
+            continue
+        if image_sizes is None or size[0] > padded_size[0] or size[1] > padded_size[1] or 0 in size:
+            raise ValueError(_size_message(name, image, size, padded_size))
+        misfit = (image_sizes[image, 0] != size[0]) | (image_sizes[image, 1] != size[1])
+        misfit = misfit.float() * (1 if name == MASKS else 2)
+        differs = misfit if differs is None else differs + misfit
+    return differs
 
 
-def _size_message(image: int, size: tuple[int, ...], padded_size: tuple[int, int]) -> str:
+def _find_misfit(image: int, size_differs: float, targets: Targets) -> tuple[str, tuple[int, ...]]:
+    """Name and size of what does not fit: 1 are the masks, 2 is the ignore mask, 3 are both."""
+    ignore_mask = None if targets.ignore_masks is None else targets.ignore_masks[image]
+    if size_differs == 2 and ignore_mask is not None:  # noqa: PLR2004
+        return IGNORE_MASK, tuple(ignore_mask.shape)
+    return MASKS, tuple(targets.mask_labels[image].shape[1:])
+
+
+def _size_message(name: str, image: int, size: tuple[int, ...], padded_size: tuple[int, int]) -> str:
     return (
-        f"Expected the masks of image {image} to be {padded_size[0]}x{padded_size[1]} (the padded size of `pixel_values`) or as "
+        f"Expected the {name} of image {image} to be {padded_size[0]}x{padded_size[1]} (the padded size of `pixel_values`) or as "
         f"large as its valid part in `pixel_mask`, got {size[0]}x{size[1]}. Resize the masks together with the image, or pass "
         "the `pixel_mask` of the image processor."
     )
 
 
 def _summarise(pixels: Tensor, masks: Tensor, labels: Tensor, size_differs: Tensor | None) -> Tensor:
-    """Six numbers: pixels finite, lowest and highest label, lowest and highest mask value, size differs."""
+    """Six numbers: pixels finite, lowest and highest label, lowest and highest mask value, what size differs."""
     zero = torch.zeros((), device=pixels.device)
     low_label, high_label = labels.aminmax() if len(labels) else (zero, zero)
     low_mask, high_mask = masks.aminmax() if masks.numel() and masks.dtype != torch.bool else (zero, zero)
@@ -201,5 +270,5 @@ def raise_for_values(values: np.ndarray, targets: Targets, num_labels: int) -> N
                 "be ignored are 0, not 255."
             )
         if size_differs:
-            size = tuple(targets.mask_labels[image].shape[1:])
-            raise ValueError(_size_message(image, size, targets.padded_size))
+            name, size = _find_misfit(image, size_differs, targets)
+            raise ValueError(_size_message(name, image, size, targets.padded_size))

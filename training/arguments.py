@@ -14,17 +14,22 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 
 from training.data import DATASETS, Split, Task
+from training.recipe_files import RecipeError, load_yaml, read_recipe_file
 
-
-class RecipeError(ValueError):
-    """A recipe, or an option of the command line, that cannot be used; the message is for the user as it is."""
+TRACKERS = ("tensorboard", "trackio", "wandb")
+# Parts of a model that can be frozen, and how the names of their parameters begin.
+PARTS = {
+    "backbone": "model.pixel_level_module.encoder.",
+    "pixel_decoder": "model.pixel_level_module.decoder.",
+    "transformer_decoder": "model.transformer_module.",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,20 @@ class TrainingArguments:
 
     output_dir: Annotated[str, "folder of the trained model, its scores, its log and this recipe"]
     logging_steps: Annotated[int, "steps between two lines of the log, and two updates of the losses shown"] = 10
+    save_every: Annotated[int | None, "steps between two checkpoints, see resume; null: only when it is stopped"] = 500
+    keep_checkpoints: Annotated[int, "how many of the newest are left; they disappear when the model is there"] = 1
+    resume: Annotated[
+        bool, "go on with the unfinished run of output_dir, if there is one; false: begin anew, and remove it"
+    ] = True
+    trackers: Annotated[tuple[str, ...], f"also send the log to these: {', '.join(TRACKERS)}"] = ()
+    push_to_hub: Annotated[
+        Literal["end", "evaluation"] | None,
+        "upload the model to the Hub: once, or at each evaluation too; null: do not",
+    ] = None
+    hub_model_id: Annotated[
+        str | None, "repository of push_to_hub; null: the name of output_dir, of the user who is logged in"
+    ] = None
+    hub_private: Annotated[bool, "whether a repository that is made for push_to_hub is private"] = False
 
     dataset: Annotated[str, f"name of the data set: {', '.join(DATASETS)}"] = "digit_scenes"
     task: Annotated[Task, "which segments the data set gives"] = "panoptic"
@@ -48,6 +67,18 @@ class TrainingArguments:
     validation_options: Annotated[dict[str, Any], "on top of dataset_options, validation split"] = dataclasses.field(
         default_factory=dict
     )
+    augmentation: Annotated[
+        dict[str, Any],
+        "fields of training.augmentation.Augmentation, and preset; empty: as the processor prepares images",
+    ] = dataclasses.field(default_factory=dict)
+    exclude_ignored: Annotated[
+        bool,
+        "points of the mask losses avoid pixels whose label is unknown; false: they count as background (original)",
+    ] = False
+    repeat_threshold: Annotated[
+        float | None, "images with a class that a smaller share of images has come more often, as in LVIS; null: do not"
+    ] = None
+    max_broken_images: Annotated[int, "images that cannot be read and are passed over; one more stops the run"] = 10
     num_workers: Annotated[int, "processes that prepare batches, for each training process; 0: itself"] = 2
 
     model_name_or_path: Annotated[str | None, "start from this model: a folder, or a name on the Hub"] = None
@@ -63,10 +94,25 @@ class TrainingArguments:
         dataclasses.field(default_factory=dict)
     )
 
+    frozen: Annotated[
+        tuple[str, ...],
+        f"parts that are not trained: {', '.join(PARTS)}, or beginnings of names of parameters",
+    ] = ()
+    class_weights: Annotated[
+        dict[str, Any], "weights of classes in the classification loss, by label name; 1 for all others"
+    ] = dataclasses.field(default_factory=dict)
+    gradient_checkpointing: Annotated[bool, "compute features twice instead of keeping them: less memory, slower"] = (
+        False
+    )
+    compile: Annotated[bool, "torch.compile of backbone and pixel decoder; the first steps take minutes"] = False
+
     max_steps: Annotated[int, "optimiser steps"]
     batch_size: Annotated[int, "images in a forward pass, for each process"] = 16
     gradient_accumulation_steps: Annotated[int, "forward passes in an optimiser step"] = 1
     learning_rate: Annotated[float, "the highest (AdamW)"] = 1e-4
+    reference_batch_size: Annotated[
+        int | None, "learning_rate is for so many images in a step, and is scaled to their number; null: not scaled"
+    ] = None
     backbone_learning_rate_factor: Annotated[
         float | None, "for the backbone; null: 0.1, or 1 when it starts from scratch"
     ] = None
@@ -82,13 +128,30 @@ class TrainingArguments:
     ] = ()
     schedule_factor: Annotated[float, "see schedule_milestones"] = 0.1
     warmup_steps: Annotated[int, "steps in which the learning rate rises linearly from 0"] = 10
+    average_decay: Annotated[
+        float | None, "average the weights over about 1 / (1 - average_decay) steps, as 0.999 does; null: do not"
+    ] = None
+    average_warmup_steps: Annotated[int, "the decay of step t is at most t / (t + average_warmup_steps)"] = 10
+    save_average: Annotated[
+        Literal["instead", "beside"],
+        "instead: the averages are the model that is scored and saved; beside: scored too, and saved in output_dir/average",
+    ] = "instead"
 
     mixed_precision: Annotated[Literal["no", "fp16", "bf16"], "precision of the forward pass"] = "no"
     seed: Annotated[int, "of weights, order of images, noise and points"] = 0
 
     evaluate: Annotated[bool, "score the trained model on the validation split"] = True
     evaluation_steps: Annotated[int | None, "also score it every so many steps; null: at the end alone"] = None
+    keep_best: Annotated[bool, "the model is that of the best score, not of the last step; needs evaluation_steps"] = (
+        False
+    )
+    early_stopping: Annotated[
+        int | None, "stop after so many evaluations without a better score; needs evaluation_steps; null: never"
+    ] = None
     evaluation_batch_size: Annotated[int, "images in a forward pass, for each process"] = 16
+    validation_pictures: Annotated[
+        int, "validation images that are drawn at each evaluation, beside the curves; 0: draw neither"
+    ] = 8
 
     def __post_init__(self) -> None:
         """Check ranges, and what must fit together."""
@@ -102,12 +165,10 @@ class TrainingArguments:
                 raise RecipeError(f"`{name}` must not be below 0, got {value}.")
         if self.dataset not in DATASETS:
             raise RecipeError(f"`dataset` must be one of {', '.join(DATASETS)}, got {self.dataset!r}.")
-        if self.task != "panoptic" and self.evaluate:
-            raise RecipeError(
-                f"`task: {self.task}` can be trained, but only panoptic results can be scored. Set `evaluate: false`."
-            )
         self._check_schedule()
         self._check_start()
+        self._check_average_and_best()
+        self._check_choices()
 
     def _check_schedule(self) -> None:
         if self.schedule == "step" and not self.schedule_milestones:
@@ -136,18 +197,40 @@ class TrainingArguments:
             if name in self.model:
                 raise RecipeError(f"`model.{name}` comes from the data set. Remove it.")
 
+    def _check_average_and_best(self) -> None:
+        if self.average_decay is not None and not 0 <= self.average_decay < 1:
+            raise RecipeError(
+                f"`average_decay` must be at least 0 and below 1, got {self.average_decay}. 0.999 averages about 1000 "
+                "steps."
+            )
+        for name in ("keep_best", "early_stopping"):
+            if getattr(self, name) and not (self.evaluate and self.evaluation_steps):
+                raise RecipeError(f"`{name}` compares scores: set `evaluate: true` and `evaluation_steps` too.")
+
+    def _check_choices(self) -> None:
+        for tracker in self.trackers:
+            if tracker not in TRACKERS:
+                raise RecipeError(f"`trackers` has no choice {tracker!r}. Choices: {', '.join(TRACKERS)}.")
+        for label, weight in self.class_weights.items():
+            if type(weight) not in (int, float) or not 0 <= weight < float("inf"):
+                raise RecipeError(f"`class_weights.{label}` must be a number of at least 0, got {weight!r}.")
+        if self.push_to_hub == "evaluation" and not (self.evaluate and self.evaluation_steps):
+            raise RecipeError("`push_to_hub: evaluation` needs `evaluate: true` and `evaluation_steps` too.")
+        if self.exclude_ignored and not self.augmentation:
+            raise RecipeError("`exclude_ignored` needs `augmentation`; `augmentation: {kind: none}` changes no image.")
+
     @property
     def starts_from_scratch(self) -> bool:
         """True if no pretrained weights are loaded at all."""
         return self.model_name_or_path is None and self.backbone is None
 
     @property
-    def backbone_learning_rate(self) -> float:
-        """The highest of the backbone."""
+    def backbone_factor(self) -> float:
+        """Learning rate of the backbone, as a multiple of that of the rest."""
         factor = self.backbone_learning_rate_factor
         if factor is None:
             factor = 1.0 if self.starts_from_scratch else 0.1
-        return self.learning_rate * factor
+        return factor
 
     def options_of(self, split: Split) -> dict[str, Any]:
         """Options of `load_segmentation_dataset` for a split."""
@@ -166,22 +249,51 @@ class TrainingArguments:
 
 POSITIVE = (
     "max_steps",
+    "save_every",
+    "keep_checkpoints",
     "batch_size",
     "gradient_accumulation_steps",
     "logging_steps",
     "evaluation_steps",
     "evaluation_batch_size",
+    "early_stopping",
+    "repeat_threshold",
+    "reference_batch_size",
     "learning_rate",
     "max_gradient_norm",
     "schedule_power",
 )
 NOT_NEGATIVE = (
     "num_workers",
+    "max_broken_images",
+    "validation_pictures",
+    "average_warmup_steps",
     "weight_decay",
     "warmup_steps",
     "seed",
     "schedule_factor",
     "backbone_learning_rate_factor",
+)
+
+# A run may go on with other values of these: they change no weight.
+FREE_WHEN_RESUMING = (
+    "output_dir",
+    "logging_steps",
+    "save_every",
+    "keep_checkpoints",
+    "resume",
+    "num_workers",
+    "evaluate",
+    "evaluation_steps",
+    "evaluation_batch_size",
+    "early_stopping",
+    "save_average",
+    "trackers",
+    "push_to_hub",
+    "hub_model_id",
+    "hub_private",
+    "max_broken_images",
+    "validation_pictures",
 )
 
 # `--help` begins a new paragraph at each of these fields.
@@ -224,14 +336,7 @@ def parse_arguments(argv: Sequence[str] | None = None, program: str = "python -m
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
     """Read a recipe. Its keys are names of fields; its values are not checked yet."""
-    try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_RecipeLoader)
-    except OSError as error:
-        raise RecipeError(f"Recipe {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"Recipe {path} is no valid YAML: {error}") from None
-    if not isinstance(settings, dict):
-        raise RecipeError(f"Recipe {path} must hold lines of the form `key: value`, got {type(settings).__name__}.")
+    settings = read_recipe_file(path)
     for key in settings:
         if key not in FIELDS:
             raise RecipeError(f"{path}: unknown key `{key}`.{_nearest(str(key), FIELDS)}")
@@ -265,16 +370,14 @@ def _refuse_unknown_nested_keys(arguments: TrainingArguments, source: str) -> No
     from mpformer_hf import MPFormerConfig  # noqa: PLC0415
     from mpformer_hf.image_processing_mpformer import MPFormerImageProcessorKwargs  # noqa: PLC0415
 
-    options = [
-        name for name in inspect.signature(DATASETS[arguments.dataset]).parameters if name not in ("split", "task")
-    ]
     known_keys = {
         "model": [config_field.name for config_field in dataclasses.fields(MPFormerConfig)],
         "processor": list(typing.get_type_hints(MPFormerImageProcessorKwargs)),
-        "dataset_options": options,
-        "train_options": options,
-        "validation_options": options,
     }
+    parameters = inspect.signature(DATASETS[arguments.dataset]).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):  # a format to be detected
+        options = [name for name in parameters if name not in ("split", "task")]
+        known_keys |= dict.fromkeys(("dataset_options", "train_options", "validation_options"), options)
     for name, known in known_keys.items():
         for key in getattr(arguments, name):
             if key not in known:
@@ -311,13 +414,15 @@ def _fits(value: object, expected: object) -> bool:
     if origin is Literal:
         return type(value) is str and value in typing.get_args(expected)
     if origin is tuple:
-        return type(value) in (list, tuple) and all(type(entry) is int for entry in value)
+        kind = typing.get_args(expected)[0]
+        return type(value) in (list, tuple) and all(type(entry) is kind for entry in value)
     kinds = (int, float) if expected is float else (origin or expected,)
     return type(value) in kinds  # exact, because True is an int to `isinstance`
 
 
 def _alternatives(expected: object) -> tuple[Any, ...]:
-    return typing.get_args(expected) if isinstance(expected, types.UnionType) else (expected,)
+    is_union = typing.get_origin(expected) in (types.UnionType, typing.Union)
+    return typing.get_args(expected) if is_union else (expected,)
 
 
 def _describe_type(name: str) -> str:
@@ -328,12 +433,13 @@ def _describe_type(name: str) -> str:
         str: "text",
         types.NoneType: "null",
         dict: "a mapping of names to values",
-        tuple: "a list of integers",
+        tuple[int, ...]: "a list of integers",
+        tuple[str, ...]: "a list of words",
     }
     descriptions = [
         f"one of {', '.join(typing.get_args(expected))}"
         if typing.get_origin(expected) is Literal
-        else words[typing.get_origin(expected) or expected]
+        else words[expected if expected in words else typing.get_origin(expected)]
         for expected in _alternatives(FIELD_TYPES[name])
     ]
     return " or ".join(descriptions)
@@ -342,36 +448,6 @@ def _describe_type(name: str) -> str:
 def _is_required(dataclass_field: dataclasses.Field) -> bool:
     missing = dataclasses.MISSING
     return dataclass_field.default is missing and dataclass_field.default_factory is missing
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# YAML
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _RecipeLoader(yaml.SafeLoader):
-    """YAML 1.2 where PyYAML's 1.1 surprises: `1e-4` is a number, `no` is text. A key that comes twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        """Build a dictionary."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for number, key in enumerate(keys) if key in keys[:number]]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key `{twice[0]}` comes twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_BOOL, _FLOAT = "tag:yaml.org,2002:bool", "tag:yaml.org,2002:float"
-_RecipeLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_BOOL, _FLOAT)]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_RecipeLoader.add_implicit_resolver(_BOOL, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_RecipeLoader.add_implicit_resolver(
-    _FLOAT,
-    re.compile(r"^[-+]?(?:(?:\.\d+|\d+\.\d*)(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -430,6 +506,8 @@ def _read_value(text: str, expected: object) -> object:
     if str in alternatives and not (text == "null" and types.NoneType in alternatives):
         return text
     try:
-        return yaml.load(text, Loader=_RecipeLoader)
+        value = load_yaml(text)
     except yaml.YAMLError:
         return text  # its type is wrong, which is said where types are checked
+    is_word = tuple[str, ...] in alternatives and type(value) is str
+    return value.split(",") if is_word else value

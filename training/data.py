@@ -1,18 +1,18 @@
 """Data sets of segmented images: one row an image, one binary mask a segment.
 
-`DigitScenes` draws its scenes when they are asked for: scikit-learn's real handwritten digits (things) lie over crops of
-scikit-learn's two real photographs (stuff). Nothing is downloaded, and any index of any split can be had in any order.
+    name, or "auto" ── DATASETS ── class(split, task=..., path=..., ...) ── rows: SegmentationRow
 
-Every data set here has the interface `SegmentationDataset` and gives rows of the form `SegmentationRow`, so the training
-loop and the evaluation never ask where a row came from; `load_segmentation_dataset` finds a data set by its name.
+Every data set has the interface `SegmentationDataset` and gives rows of the form `SegmentationRow`, so the training loop and
+the evaluation never ask where a row came from; `load_segmentation_dataset` finds a data set by its name, and `detect_format`
+finds the name for a folder. A class is imported when it is looked up: digit scenes need neither `datasets` nor pycocotools.
 
-Axes: n segments, H W image.
+Axes: n segments, c crowd regions, H W image.
 """
 
-import functools
-import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import importlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, Protocol, TypedDict
 
 import numpy as np
@@ -31,21 +31,35 @@ TASKS: tuple[Task, ...] = ("instance", "panoptic", "semantic")
 class SegmentationRow(TypedDict):
     """An image and its segments.
 
-    `image_id` is unique in its data set, `image` is RGB, `mask_labels` is bool (n, H, W) with True inside the segment,
-    `class_labels` is int64 (n,). An image without segments has zero of both. `crowd_masks`, bool (c, H, W), and `crowd_labels`,
-    int64 (c,), are regions of many objects of a class that nobody separated: no segments, but scores know them.
+    `image_id` is unique in its data set, `image` is RGB as it is stored (EXIF rotation is never applied: labels belong to stored
+    pixels), `mask_labels` is bool (n, H, W) with True inside the segment, `class_labels` is int64 (n,). An image without segments
+    has zero of both. Masks may overlap.
+
+    `crowd_masks`, bool (c, H, W), and `crowd_labels`, int64 (c,), are regions of many objects of a class that nobody separated: no
+    segments, but scores know them. `ignore_mask`, bool (H, W), is True where no label is known. A row without crowd regions, or in
+    which all is known, may lack these keys.
+
+    `skipped` is there where the row takes the place of others that cannot be read (`training.broken_images`): position and reason of
+    each of these.
     """
 
-    image_id: int
+    image_id: int | str
     image: Image.Image
     mask_labels: NDArray[np.bool_]
     class_labels: NDArray[np.int64]
     crowd_masks: NotRequired[NDArray[np.bool_]]
     crowd_labels: NotRequired[NDArray[np.int64]]
+    ignore_mask: NotRequired[NDArray[np.bool_]]
+    skipped: NotRequired[tuple[tuple[int, str], ...]]
 
 
 class SegmentationDataset(Protocol):
-    """What the training loop and the evaluation use of a data set; rows are read by position, in any order."""
+    """What the training loop and the evaluation use of a data set; rows are read by position, in any order.
+
+    A data set with official ids of its classes also has `category_ids`, a dictionary of class id to official id. One that knows of
+    images that cannot be read has `problems`, a dictionary of position to sentence. One that knows the classes of an image without
+    reading it has `classes_of(index)`, a list with the class of each segment.
+    """
 
     id2label: dict[int, str]
     thing_ids: tuple[int, ...]
@@ -55,106 +69,153 @@ class SegmentationDataset(Protocol):
     def __getitem__(self, index: int) -> SegmentationRow: ...
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Finding a data set
+# ---------------------------------------------------------------------------------------------------------------------
+
+AUTO = "auto"  # the format of the folder is found out
+
+
+class DatasetRegistry(MutableMapping[str, Callable[..., SegmentationDataset]]):
+    """Classes of data sets by name; `"module:name"` is imported when it is looked up."""
+
+    def __init__(self, entries: Mapping[str, Callable[..., SegmentationDataset] | str]) -> None:
+        self._entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Callable[..., SegmentationDataset]:
+        entry = self._entries[name]
+        if not isinstance(entry, str):
+            return entry
+        module, _, attribute = entry.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def __setitem__(self, name: str, entry: Callable[..., SegmentationDataset] | str) -> None:
+        self._entries[name] = entry
+
+    def __delitem__(self, name: str) -> None:
+        del self._entries[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+DATASETS = DatasetRegistry(
+    {
+        "digit_scenes": "training.digit_scenes:DigitScenes",
+        AUTO: "training.data:open_detected",
+        "coco_instances": "training.readers.coco_instances:CocoInstances",
+        "coco_panoptic": "training.readers.coco_panoptic:CocoPanoptic",
+        "ade20k": "training.readers.ade20k:ADE20K",
+        "cityscapes": "training.readers.cityscapes:Cityscapes",
+        "mapillary_vistas": "training.readers.mapillary:MapillaryVistas",
+        "class_index": "training.readers.class_index:ClassIndex",
+        "yolo": "training.readers.yolo:Yolo",
+        "hub": "training.readers.hub:Hub",
+        "hub_stream": "training.readers.hub:HubStream",
+    }
+)
+
+
 def load_segmentation_dataset(name: str, split: Split, **options: Any) -> SegmentationDataset:
     """Build one split of a data set.
 
     Args:
-        name: a key of `DATASETS`.
+        name: a key of `DATASETS`; `"auto"` finds out the format of `options["path"]`.
         split: `"train"` or `"validation"`.
-        options: arguments of the data set's class, such as `task` and `image_size` of `DigitScenes`.
+        options: arguments of the data set's class, such as `task` and `image_size` of `DigitScenes`, or `path` of all others.
+
+    Raises:
+        ValueError: the options make no sense, or the data set cannot be read (`FileError`). An image of the training split that is
+            broken or missing is an error when it is read; one of the validation split is one now, because scores without it would
+            be of other data.
+    """
+    dataset = open_segmentation_dataset(name, split, **options)
+    problems: Mapping[int, str] = getattr(dataset, "problems", {})
+    if split == "validation" and problems:
+        from training.official_files import FileError  # noqa: PLC0415 - digit scenes need no files
+
+        first = next(iter(problems.values()))
+        raise FileError(
+            f"{len(problems)} of {len(dataset)} validation images cannot be read. The first: {first} "
+            "`python -m training.check_data` lists all."
+        )
+    return dataset
+
+
+def open_segmentation_dataset(name: str, split: Split, **options: Any) -> SegmentationDataset:
+    """Build one split of a data set, with whatever it has of images that cannot be read; see `load_segmentation_dataset`."""
+    name = resolve_name(name, options)
+    dataset_class = DATASETS[name]
+    known = inspect.signature(dataset_class).parameters
+    unknown = [option for option in options if option not in known]
+    if unknown and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        raise ValueError(
+            f"The data set {name} has no option {unknown[0]!r}. Its options: "
+            f"{', '.join(option for option in known if option != 'split')}."
+        )
+    needed = [
+        option for option, parameter in known.items() if parameter.default is parameter.empty and option not in options
+    ]
+    needed = [option for option in needed if option != "split" and known[option].kind is known[option].KEYWORD_ONLY]
+    if needed:
+        raise ValueError(f"The data set {name} needs the option {needed[0]!r}.")
+    return dataset_class(split, **options)
+
+
+def resolve_name(name: str, options: Mapping[str, Any]) -> str:
+    """Name the data set that these options describe: `name` itself, or for `"auto"` the format of the folder `path`.
+
+    Raises:
+        ValueError: no data set has this name, or the format cannot be found out.
     """
     if name not in DATASETS:
         raise ValueError(f"Unknown data set {name!r}. Use one of: {', '.join(DATASETS)}.")
-    return DATASETS[name](split, **options)
+    if name != AUTO:
+        return name
+    if "path" not in options:
+        raise ValueError(f"The data set {AUTO!r} needs the option 'path': a folder or a zip archive.")
+    return detect_format(options["path"], options.get("task"))
 
 
-class DigitScenes:
-    """Handwritten digits on photographs: a data set that is drawn, not stored.
+def open_detected(split: Split, *, path: str, **options: Any) -> SegmentationDataset:
+    """Build one split of the data set in a folder or zip archive whose format is found out."""
+    return load_segmentation_dataset(AUTO, split, path=path, **options)
 
-    A scene is a crop of one photograph, or of both with a straight border between them, and some digits, each scaled,
-    turned a little, coloured, and laid over what is there. A pixel belongs to the segment on top; a segment of which
-    fewer than `MIN_VISIBLE_PIXELS` pixels are left is none, and its pixels are void.
 
-    The scene depends on `seed`, `split`, `index`, `preset` and `image_size`; `task` only chooses which segments are
-    reported, and `num_images` only where the data set ends. The splits share neither a digit nor a pixel of a photograph.
+def detect_format(path: str | Path, task: Task | None = None) -> str:
+    """Find out in which format a data set is.
 
-    >>> scenes = DigitScenes("validation", task="panoptic", num_images=50)
-    >>> scenes[7]["mask_labels"].shape[1:]
-    (128, 128)
+    Args:
+        path: a folder, or a zip archive.
+        task: decides where COCO's files for instances and for panoptic segmentation lie side by side.
+
+    Returns:
+        A key of `DATASETS`.
+
+    Raises:
+        ValueError: no format fits; the message lists what was looked for.
     """
+    from training.readers.detection import detect  # noqa: PLC0415 - digit scenes need no reader
 
-    id2label: dict[int, str]
-    thing_ids: tuple[int, ...]
-    stuff_ids: tuple[int, ...]
+    return detect(path, task)
 
-    def __init__(
-        self,
-        split: Split,
-        *,
-        task: Task = "panoptic",
-        preset: str = "easy",
-        image_size: int | Sequence[int] = 128,
-        num_images: int = 1000,
-        seed: int = 0,
-        tell_digits_apart: bool = True,
-    ) -> None:
-        """Describe the scenes; nothing is drawn yet.
 
-        Args:
-            split: `"train"` or `"validation"`.
-            task: `"instance"` (digits alone), `"panoptic"` (digits and photographs) or `"semantic"` (one mask for each
-                class that is visible).
-            preset: `"easy"` (few, large, strong in contrast) or `"hard"` (many, small, overlapping, weak in contrast).
-            image_size: side of the square scenes, or (height, width), in pixels; each at least 32. Digits keep their
-                size of 24 to 64 pixels, so a larger image has more of them.
-            num_images: number of scenes, >= 0. Scenes are drawn when read, so a large number costs nothing.
-            seed: of all scenes, >= 0. Another seed is another data set.
-            tell_digits_apart: ten thing classes, `0` to `9` (True), or a single one, `digit` (False): the scenes are the
-                same, but what is to be learnt is to find and separate digits, not to read them.
-        """
-        _require_choice("split", split, SPLITS)
-        _require_choice("task", task, TASKS)
-        _require_choice("preset", preset, SCENE_PRESETS)
-        if num_images < 0 or seed < 0:
-            raise ValueError(f"num_images and seed must not be negative, got {num_images} and {seed}.")
-        self.split = split
-        self.task = task
-        self.preset = preset
-        self.image_size = _height_and_width(image_size)
-        self.num_images = num_images
-        self.seed = seed
-        things = tuple(map(str, range(NUM_DIGITS))) if tell_digits_apart else ("digit",)
-        self.thing_ids = tuple(range(len(things)))
-        self.stuff_ids = () if task == "instance" else tuple(len(things) + number for number in range(len(PHOTOGRAPHS)))
-        self.id2label = dict(enumerate((*things, *PHOTOGRAPHS)[: len(things) + len(self.stuff_ids)]))
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - of a module
+    """Give `DigitScenes`, whose module imports this one."""
+    if name == "DigitScenes":
+        return DATASETS["digit_scenes"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-    def __len__(self) -> int:
-        return self.num_images
 
-    def __iter__(self) -> Iterator[SegmentationRow]:
-        return (self[index] for index in range(len(self)))
-
-    def __getitem__(self, index: int) -> SegmentationRow:
-        """Draw scene `index`; a negative index counts from the end."""
-        if not -self.num_images <= index < self.num_images:
-            raise IndexError(f"Scene {index} of {self.num_images}: the index must lie below num_images.")
-        number = int(index) % self.num_images
-        scene = self._draw(np.random.default_rng((self.seed, SPLITS.index(self.split), number)))
-        masks, class_ids = visible_segments(scene.owner, scene.class_ids)
-        if len(self.thing_ids) < NUM_DIGITS:
-            class_ids = np.maximum(class_ids - NUM_DIGITS + 1, 0)  # all digits become class 0
-        masks, class_ids = select_segments(masks, class_ids, self.task, len(self.thing_ids))
-        image = Image.fromarray(scene.pixels.round().astype(np.uint8))
-        return {"image_id": number, "image": image, "mask_labels": masks, "class_labels": class_ids}
-
-    def _draw(self, rng: np.random.Generator) -> "_Scene":
-        preset = SCENE_PRESETS[self.preset]
-        glyphs = load_glyphs(self.split)
-        scene = _Scene.on_photographs(load_photographs(self.split), self.image_size, rng)
-        for _ in range(preset.draw_number_of_digits(self.image_size, rng)):
-            glyph, digit = glyphs[rng.integers(len(glyphs))]
-            scene.add_digit(glyph, digit, preset, rng)
-        return scene
+# ---------------------------------------------------------------------------------------------------------------------
+# For code that wants a `datasets.Dataset`
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def to_hf_dataset(scenes: SegmentationDataset, cache_dir: str | None = None) -> "datasets.Dataset":
@@ -185,327 +246,3 @@ def to_hf_dataset(scenes: SegmentationDataset, cache_dir: str | None = None) -> 
 def _rows(scenes: SegmentationDataset) -> Iterator[SegmentationRow]:
     for index in range(len(scenes)):
         yield scenes[index]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What digit scenes are made of
-# ---------------------------------------------------------------------------------------------------------------------
-
-NUM_DIGITS = 10
-PHOTOGRAPHS = ("china", "flower")
-
-GLYPH_SIZE = 8  # scikit-learn's digits are 8 x 8 pixels, grey values 0..16
-GLYPH_MARGIN = 2  # empty pixels around a glyph, so that turning and smoothing never cut a stroke
-MIN_VISIBLE_PIXELS = 12
-MIN_IMAGE_SIDE = 32
-
-# Share of ink at which a stroke ends. A higher one breaks thin strokes, a lower one fills the loops of 4, 6, 8 and 9.
-STROKE_LEVEL = 0.45
-OPAQUE = 0.5  # from here on a soft edge belongs to the stroke
-PLACES_TO_TRY = 8
-ONE_PHOTOGRAPH_PROBABILITY = 0.4  # the other scenes have both
-
-# The left part of both photographs is for validation: half of the pagoda, the edge of the blossom, sky and leaves.
-VALIDATION_SHARE_OF_WIDTH = 0.35
-VALIDATION_SHARE_OF_DIGITS = 0.2
-CROP_ZOOM = (0.8, 1.7)  # pixels of the photograph per pixel of the scene, where the photograph is large enough
-
-LIGHTNESS_WEIGHTS = np.array([0.299, 0.587, 0.114])  # of red, green and blue (ITU-R BT.601)
-
-
-@dataclass(frozen=True)
-class ScenePreset:
-    """How difficult a scene is. Ranges are (lowest, highest), both drawn uniformly."""
-
-    max_digits: int  # per 128 x 128 pixels
-    scale: tuple[float, float]  # pixels of the scene per pixel of the 8 x 8 glyph
-    max_angle: float  # degrees, to both sides
-    contrast: tuple[float, float]  # distance to the colours around, as `color_distance`
-    max_hidden: float  # share of any digit that later ones may cover
-    crowding: float  # probability that a digit is put next to an earlier one
-    empty: float = 0.04  # probability of a scene without digits
-
-    def draw_number_of_digits(self, image_size: tuple[int, int], rng: np.random.Generator) -> int:
-        """Zero with probability `empty`, else uniform from 1 to what the area allows."""
-        most = max(1, round(self.max_digits * math.prod(image_size) / 128**2))
-        return 0 if rng.random() < self.empty else int(rng.integers(1, most, endpoint=True))
-
-
-SCENE_PRESETS = {
-    "easy": ScenePreset(
-        max_digits=5, scale=(5.0, 8.0), max_angle=15, contrast=(150, 230), max_hidden=0.05, crowding=0.0
-    ),
-    "hard": ScenePreset(
-        max_digits=12, scale=(3.0, 6.0), max_angle=25, contrast=(50, 120), max_hidden=0.35, crowding=0.5
-    ),
-}
-
-
-@functools.cache
-def load_glyphs(split: Split) -> tuple[tuple[Image.Image, int], ...]:
-    """Read the handwritten digits of a split.
-
-    Returns:
-        (glyph, digit) pairs; a glyph is a grey image of 8 x 8 pixels and its empty margin, 255 is full ink.
-    """
-    from sklearn.datasets import load_digits  # noqa: PLC0415  (a second to import; only digit scenes need it)
-
-    digits = load_digits()
-    ink = np.pad(digits.images * (255 / 16), ((0, 0), (GLYPH_MARGIN,) * 2, (GLYPH_MARGIN,) * 2))
-    images = [Image.fromarray(glyph) for glyph in ink.round().astype(np.uint8)]
-    glyphs = tuple(zip(images, digits.target.tolist(), strict=True))
-    first_for_validation = round(len(glyphs) * (1 - VALIDATION_SHARE_OF_DIGITS))
-    return glyphs[:first_for_validation] if split == "train" else glyphs[first_for_validation:]
-
-
-@functools.cache
-def load_photographs(split: Split) -> tuple[Image.Image, ...]:
-    """Read the part of each photograph that belongs to a split, in the order of `PHOTOGRAPHS`."""
-    from sklearn.datasets import load_sample_image  # noqa: PLC0415  (as in `load_glyphs`)
-
-    photographs = [Image.fromarray(load_sample_image(f"{name}.jpg")) for name in PHOTOGRAPHS]
-    return tuple(photograph.crop(photograph_region(split, photograph.size)) for photograph in photographs)
-
-
-def photograph_region(split: Split, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Box (left, top, right, bottom) of a photograph of `size` (width, height) that belongs to a split."""
-    width, height = size
-    border = round(width * VALIDATION_SHARE_OF_WIDTH)
-    return (border, 0, width, height) if split == "train" else (0, 0, border, height)
-
-
-def visible_segments(
-    owner: NDArray[np.integer], class_ids: Sequence[int], min_pixels: int = MIN_VISIBLE_PIXELS
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Split a map of segment numbers into masks, without the segments that are too small to be seen.
-
-    Args:
-        owner: (H, W), each pixel's segment, a position in `class_ids`.
-        class_ids: class of each segment.
-        min_pixels: segments with fewer pixels are left out; their pixels are in no mask.
-
-    Returns:
-        masks, bool (n, H, W), and their classes, int64 (n,), in the order of `class_ids`.
-    """
-    areas = np.bincount(owner.ravel(), minlength=len(class_ids))
-    kept = np.flatnonzero(areas >= min_pixels)
-    return owner[None] == kept[:, None, None], np.asarray(class_ids, dtype=np.int64)[kept]
-
-
-def select_segments(
-    masks: NDArray[np.bool_], class_ids: NDArray[np.int64], task: Task, num_things: int
-) -> tuple[NDArray[np.bool_], NDArray[np.int64]]:
-    """Keep or join the segments that a task reports.
-
-    Args:
-        masks: bool, (n, H, W).
-        class_ids: int64, (n,).
-        task: `"instance"` keeps the digits, `"panoptic"` keeps all, `"semantic"` joins those of one class.
-        num_things: thing classes; they come before those of stuff.
-
-    Returns:
-        masks, bool (m, H, W), and their classes, int64 (m,); for `"semantic"` in the order of the classes.
-    """
-    if task == "panoptic":
-        return masks, class_ids
-    if task == "instance":
-        is_digit = class_ids < num_things
-        return masks[is_digit], class_ids[is_digit]
-    present = np.unique(class_ids)
-    joined = [masks[class_ids == class_id].any(axis=0) for class_id in present]
-    return np.stack(joined) if joined else masks, present
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-class _Scene:
-    """A picture in the making: its colours, and which segment each pixel shows.
-
-    Segments are numbered in the order in which they were added: the photographs first, then the digits.
-    """
-
-    def __init__(self, pixels: NDArray[np.float32], owner: NDArray[np.int32], class_ids: list[int]) -> None:
-        self.pixels = pixels  # (H, W, 3), 0..255
-        self.owner = owner  # (H, W)
-        self.class_ids = class_ids
-        self.num_stuff = len(class_ids)
-        # Pixels of each segment before anything was laid over it, and now.
-        self.full_areas = np.bincount(owner.ravel(), minlength=len(class_ids))
-        self.visible_areas = self.full_areas
-        self.digit_centers: list[tuple[float, float]] = []
-        self.digit_colors: list[NDArray[np.float64]] = []
-
-    @classmethod
-    def on_photographs(
-        cls, photographs: Sequence[Image.Image], image_size: tuple[int, int], rng: np.random.Generator
-    ) -> "_Scene":
-        """Start with a crop of one photograph, or of both with a straight border between them."""
-        numbers = rng.permutation(len(photographs))
-        if rng.random() < ONE_PHOTOGRAPH_PROBABILITY:
-            number = int(numbers[0])
-            pixels = random_crop(photographs[number], image_size, rng)
-            return cls(pixels, np.zeros(image_size, dtype=np.int32), [NUM_DIGITS + number])
-        behind, before = (random_crop(photographs[number], image_size, rng) for number in numbers)
-        is_before = random_half_plane(image_size, rng)
-        pixels = np.where(is_before[..., None], before, behind)
-        return cls(pixels, is_before.astype(np.int32), [NUM_DIGITS + int(number) for number in numbers])
-
-    def add_digit(self, glyph: Image.Image, digit: int, preset: ScenePreset, rng: np.random.Generator) -> None:
-        """Lay one digit over the scene, or leave the scene as it is when no place for it is found."""
-        height, width = self.owner.shape
-        scale = min(rng.uniform(*preset.scale), min(height, width) / GLYPH_SIZE)
-        ink = render_glyph(glyph, scale, math.radians(rng.uniform(-preset.max_angle, preset.max_angle)))
-        for _ in range(PLACES_TO_TRY):
-            center = self._draw_center(scale, preset.crowding, rng)
-            window, ink_inside = self._place(ink, center)
-            if self._may_cover(self.owner[window][ink_inside >= OPAQUE], preset.max_hidden):
-                color = self._choose_color(window, ink_inside, rng.uniform(*preset.contrast), rng)
-                self._paint(window, ink_inside, digit, color)
-                self.digit_centers.append(center)
-                return
-
-    def _draw_center(self, scale: float, crowding: float, rng: np.random.Generator) -> tuple[float, float]:
-        """Choose (y, x) so that the glyph's 8 x 8 pixels, unturned, lie inside the image."""
-        half = scale * GLYPH_SIZE / 2
-        lowest, highest = np.full(2, half), np.asarray(self.owner.shape) - half
-        center = rng.uniform(lowest, highest)
-        if self.digit_centers and rng.random() < crowding:
-            neighbour = self.digit_centers[rng.integers(len(self.digit_centers))]
-            angle, distance = rng.uniform(0, 2 * math.pi), rng.uniform(0.5, 1.5) * half
-            center = np.clip(
-                np.add(neighbour, (distance * math.sin(angle), distance * math.cos(angle))), lowest, highest
-            )
-        return float(center[0]), float(center[1])
-
-    def _place(
-        self, ink: NDArray[np.float32], center: tuple[float, float]
-    ) -> tuple[tuple[slice, slice], NDArray[np.float32]]:
-        """Cut a square of ink to what falls inside the image; returns where that is, and the ink there."""
-        outer, inner = [], []
-        for position, size in zip(center, self.owner.shape, strict=True):
-            start = round(position - ink.shape[0] / 2)
-            first, last = max(start, 0), min(start + ink.shape[0], size)
-            outer.append(slice(first, last))
-            inner.append(slice(first - start, last - start))
-        return (outer[0], outer[1]), ink[inner[0], inner[1]]
-
-    def _may_cover(self, covered: NDArray[np.int32], max_hidden: float) -> bool:
-        """Whether each digit keeps enough of itself when the pixels of segments `covered` (k,) are painted over."""
-        visible = self.visible_areas - np.bincount(covered, minlength=len(self.class_ids))
-        return bool(np.all(visible[self.num_stuff :] >= (1 - max_hidden) * self.full_areas[self.num_stuff :]))
-
-    def _choose_color(
-        self, window: tuple[slice, slice], ink: NDArray[np.float32], contrast: float, rng: np.random.Generator
-    ) -> NDArray[np.float64]:
-        """Choose a colour that stands out, as far as wanted, from the ground under the ink and from the digits near it."""
-        pixels, owner = self.pixels[window], self.owner[window]
-        is_ground = owner < self.num_stuff
-        around = [self.digit_colors[number] for number in np.unique(owner[~is_ground]) - self.num_stuff]
-        is_covered_ground = is_ground & (ink >= OPAQUE)
-        if is_covered_ground.any():
-            around.append(pixels[is_covered_ground].mean(axis=0))
-        return contrasting_color(np.stack(around), contrast, rng)
-
-    def _paint(
-        self, window: tuple[slice, slice], ink: NDArray[np.float32], digit: int, color: NDArray[np.float64]
-    ) -> None:
-        pixels, owner = self.pixels[window], self.owner[window]
-        is_ink = ink >= OPAQUE
-        hidden = np.bincount(owner[is_ink], minlength=len(self.class_ids))
-        self.visible_areas = np.append(self.visible_areas - hidden, is_ink.sum())
-        self.full_areas = np.append(self.full_areas, is_ink.sum())
-        self.pixels[window] = pixels + ink[..., None] * (color.astype(np.float32) - pixels)
-        self.owner[window] = np.where(is_ink, len(self.class_ids), owner)
-        self.class_ids.append(digit)
-        self.digit_colors.append(color)
-
-
-def random_crop(photograph: Image.Image, image_size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.float32]:
-    """Cut a random window of the wanted shape, resize it, mirror it or not, and vary its brightness.
-
-    Returns:
-        float32, (H, W, 3), values 0..255.
-    """
-    height, width = image_size
-    largest = min(photograph.width / width, photograph.height / height)
-    lowest, highest = CROP_ZOOM
-    zoom = rng.uniform(min(lowest, largest / 2), min(highest, largest))
-    left = rng.uniform(0, photograph.width - zoom * width)
-    top = rng.uniform(0, photograph.height - zoom * height)
-    right, bottom = min(left + zoom * width, photograph.width), min(top + zoom * height, photograph.height)
-    crop = photograph.resize((width, height), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
-    pixels = np.asarray(crop, dtype=np.float32)
-    pixels = pixels[:, ::-1] if rng.integers(2) else pixels
-    return np.minimum(pixels * np.float32(rng.uniform(0.7, 1.05)), np.float32(255))
-
-
-def random_half_plane(image_size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.bool_]:
-    """Mark one side, bool (H, W), of a straight line of random direction through the middle half of the image."""
-    height, width = image_size
-    angle = rng.uniform(0, 2 * math.pi)
-    y, x = rng.uniform(0.25, 0.75, size=2) * image_size
-    rows = (np.arange(height) - y) * math.sin(angle)
-    columns = (np.arange(width) - x) * math.cos(angle)
-    return rows[:, None] + columns[None, :] > 0
-
-
-def render_glyph(glyph: Image.Image, scale: float, angle: float) -> NDArray[np.float32]:
-    """Enlarge and turn a digit, with soft edges about one pixel wide.
-
-    Args:
-        glyph: grey image with an empty margin, 255 is full ink.
-        scale: pixels of the result per pixel of the glyph.
-        angle: in radians, to both sides of upright.
-
-    Returns:
-        float32, (side, side): opacity of the stroke in [0, 1]; the stroke is where it is at least 0.5.
-    """
-    cos, sin = math.cos(angle), math.sin(angle)
-    side = math.ceil(scale * (GLYPH_SIZE + 1) * (abs(cos) + abs(sin)))
-    center = side / 2
-    a, b = cos / scale, sin / scale
-    to_glyph = (a, b, glyph.width / 2 - (a + b) * center, -b, a, glyph.height / 2 - (a - b) * center)
-    turned = glyph.transform((side, side), Image.Transform.AFFINE, to_glyph, Image.Resampling.BICUBIC)
-    darkness = np.asarray(turned, dtype=np.float32) / 255
-    return np.clip(0.5 + (darkness - STROKE_LEVEL) * scale, 0, 1)
-
-
-def color_distance(color: NDArray[np.floating], other: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Distance of RGB colours (..., 3), 0..255, in which a difference of lightness counts most: black to white is 255."""
-    difference = color - other
-    lightness = difference @ LIGHTNESS_WEIGHTS
-    tint = difference - lightness[..., None]
-    return np.sqrt(lightness**2 + (tint**2).mean(axis=-1))
-
-
-def contrasting_color(around: NDArray[np.floating], contrast: float, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Choose a random colour whose distance to the nearest of the colours `around` (k, 3) is closest to `contrast`."""
-    candidates = rng.uniform(0, 255, size=(64, 3))
-    nearest = color_distance(candidates[:, None], around[None]).min(axis=1)  # (24,)
-    return candidates[np.abs(nearest - contrast).argmin()]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _require_choice(name: str, value: str, choices: Collection[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
-
-
-def _height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
-    sides = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-    if len(sides) != 2 or min(sides) < MIN_IMAGE_SIDE:  # noqa: PLR2004
-        raise ValueError(
-            f"image_size must be one side or (height, width) of at least {MIN_IMAGE_SIDE} pixels, got {image_size}: "
-            "the smallest digit is 24 pixels high."
-        )
-    return int(sides[0]), int(sides[1])
-
-
-DATASETS: Mapping[str, Callable[..., SegmentationDataset]] = {"digit_scenes": DigitScenes}

@@ -7,6 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# What is in the folder of a training's result, beside what transformers writes.
+RECIPE_FILE = "recipe.yaml"
+RESULTS_FILE = "results.json"
+LOG_FILE = "log.jsonl"
+AVERAGE_FOLDER = "average"
+PLOTS_FOLDER = "plots"
+PICTURES_FOLDER = "pictures"
+
 
 @contextmanager
 def complete_or_nothing(folder: Path) -> Iterator[Path]:

@@ -8,7 +8,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,15 @@ class Category:
 class PanopticFile:
     """A panoptic JSON file with its folder of PNG files.
 
-    `annotations` by image id, in the order of the file; `categories` are those of ground truth.
+    `annotations` by image id, in the order of the file; `categories` are those of ground truth, and so are `images`, which a file may
+    lack.
     """
 
     path: Path
     folder: Path
     annotations: dict[int | str, dict[str, Any]]
     categories: dict[int, Category] = field(default_factory=dict)
+    images: dict[int | str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def read_truth(cls, path: Path, folder: Path | None = None, *, needs_isthing: bool) -> "PanopticFile":
@@ -64,7 +66,8 @@ class PanopticFile:
         truth = cls._from_content(content, path, folder, categories)
         if not truth.annotations:
             raise FileError(f"{path} holds no image: `annotations` is empty. Expected one entry for each image.")
-        return truth
+        images = index_by_id(_list_of(content, "images", path), "id", path, "images") if "images" in content else {}
+        return replace(truth, images=images)
 
     @classmethod
     def read_predictions(
@@ -120,12 +123,13 @@ class PanopticFile:
 
 @dataclass(frozen=True)
 class InstanceFile:
-    """COCO ground truth of instances: images and annotations by image id."""
+    """COCO ground truth of instances: images, their sizes and annotations by image id."""
 
     path: Path
     sizes: dict[int | str, tuple[int, int]]
     annotations: dict[int | str, list[dict[str, Any]]]
     categories: dict[int, Category]
+    images: dict[int | str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: Path) -> "InstanceFile":
@@ -134,7 +138,7 @@ class InstanceFile:
         images = index_by_id(_list_of(content, "images", path), "id", path, "images")
         if not images:
             raise FileError(f"{path}: `images` is empty. Expected one entry for each image.")
-        sizes = {image_id: _size_of_image(image, image_id, path) for image_id, image in images.items()}
+        sizes = {image_id: size_of_image(image, image_id, path) for image_id, image in images.items()}
         categories = read_categories(content, path)
         annotations: dict[int | str, list[dict[str, Any]]] = {image_id: [] for image_id in images}
         for key, annotation in index_by_id(_list_of(content, "annotations", path), "id", path, "annotations").items():
@@ -144,7 +148,7 @@ class InstanceFile:
             _check_flag(annotation, "iscrowd", where)
             _check_number(annotation, "area", where)
             annotations[annotation["image_id"]].append(annotation)
-        return cls(path, sizes, annotations, categories)
+        return cls(path, sizes, annotations, categories, images)
 
     def read_predictions(self, path: Path) -> dict[int | str, list[dict[str, Any]]]:
         """Read COCO results for these images; an image without any has an empty list.
@@ -336,7 +340,8 @@ def _is_finite(value: object) -> bool:
         return False
 
 
-def _size_of_image(image: Mapping[str, Any], image_id: int | str, path: Path) -> tuple[int, int]:
+def size_of_image(image: Mapping[str, Any], image_id: int | str, path: Path) -> tuple[int, int]:
+    """Read height and width of an entry of `images`."""
     sides = image.get("height"), image.get("width")
     if not all(type(side) is int and 0 < side <= MAX_IMAGE_SIDE for side in sides):
         raise FileError(

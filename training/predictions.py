@@ -12,10 +12,10 @@ from typing import Any
 
 from transformers import pipeline
 
-from mpformer_hf.visualization import draw_comparison
-from training.arguments import RecipeError, make_arguments, read_recipe
-from training.data import SegmentationDataset, load_segmentation_dataset
-from training.train import RECIPE_FILE
+from training.arguments import RecipeError, TrainingArguments, make_arguments, read_recipe
+from training.data import Task, load_segmentation_dataset
+from training.folders import RECIPE_FILE
+from training.validation_pictures import draw_rows
 
 PICTURE_FILE = "predictions.png"
 
@@ -45,25 +45,24 @@ def draw_predictions(folder: Path, num_images: int = 6) -> Path:
     """
     if num_images < 1:
         raise RecipeError(f"--num-images must be at least 1, got {num_images}.")
-    dataset = load_validation_data(folder)
+    arguments = read_arguments(folder)
+    dataset = load_segmentation_dataset(arguments.dataset, "validation", **arguments.options_of("validation"))
     rows = [dataset[index] for index in range(min(num_images, len(dataset)))]
-    images = [row["image"] for row in rows]
-    columns = {"ground truth": rows, "prediction": predict(folder, images)}
+    results = predict(folder, [row["image"] for row in rows], arguments.task)
     path = folder / PICTURE_FILE
-    draw_comparison(images, columns, dataset.id2label).save(path)
+    draw_rows(rows, results, arguments.task, dataset.id2label).save(path)
     return path
 
 
-def load_validation_data(folder: Path) -> SegmentationDataset:
-    """Make the validation split that the recipe of a trained model names."""
+def read_arguments(folder: Path) -> TrainingArguments:
+    """Read the recipe of a trained model."""
     recipe = folder / RECIPE_FILE
     if not recipe.exists():
         raise RecipeError(f"{folder} holds no {RECIPE_FILE}. Pass the output_dir of a finished training.")
-    arguments = make_arguments(read_recipe(recipe), str(recipe))
-    return load_segmentation_dataset(arguments.dataset, "validation", **arguments.options_of("validation"))
+    return make_arguments(read_recipe(recipe), str(recipe))
 
 
-def predict(folder: Path, images: Sequence[Any]) -> list[list[dict[str, Any]]]:
+def predict(folder: Path, images: Sequence[Any], task: Task) -> list[list[dict[str, Any]]]:
     """Load the model and run the pipeline, with the thresholds that are stored with the model."""
     segment = pipeline("image-segmentation", model=str(folder))
     processor = segment.image_processor
@@ -71,7 +70,7 @@ def predict(folder: Path, images: Sequence[Any]) -> list[list[dict[str, Any]]]:
     names = {"threshold": "score_threshold", "mask_threshold": "mask_threshold"}
     names["overlap_mask_area_threshold"] = "overlap_mask_area_threshold"
     thresholds = {argument: getattr(processor, name) for argument, name in names.items()}
-    return [segment(image, subtask="panoptic", **thresholds) for image in images]
+    return [segment(image, subtask=task, **thresholds) for image in images]
 
 
 if __name__ == "__main__":

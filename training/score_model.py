@@ -29,8 +29,8 @@ from tqdm.auto import tqdm
 
 from training.arguments import RecipeError, make_arguments, read_recipe
 from training.data import DATASETS, SegmentationDataset, SegmentationRow, load_segmentation_dataset
-from training.evaluation import EvaluationBatch, collate_for_evaluation, leave_stopping_to_parent
-from training.folders import replace_folder, write_text
+from training.evaluation import EvaluationBatch, collate_for_evaluation, leave_stopping_to_parent, name_classes
+from training.folders import RECIPE_FILE, replace_folder, write_text
 from training.layer_scores import LayerScoring
 from training.metrics.consistency import format_consistency
 from training.official_files import FileError
@@ -47,12 +47,11 @@ from training.score_results import (
     ScoredImages,
     ScoreError,
     draw_layer_scores,
-    name_classes,
 )
 from training.stopping import Stopped, stop_signals
 from training.targets import size_of
 from training.task_scores import TASK_SCORES, TaskScores
-from training.train import RECIPE_FILE, name_versions
+from training.training_record import name_versions
 
 
 def main(options: argparse.Namespace, words: Sequence[str]) -> None:

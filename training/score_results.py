@@ -97,21 +97,6 @@ def in_order(entries: Mapping[int, list[dict[str, Any]]]) -> list[dict[str, Any]
     return [entry for _, entries_of_image in sorted(entries.items()) for entry in entries_of_image]
 
 
-def name_classes(values: Any, names: Mapping[int, str]) -> Any:  # noqa: ANN401 - nested dictionaries
-    """Replace class ids that are keys by names; two classes of one name keep their ids."""
-    if isinstance(values, list | tuple):
-        return [name_classes(value, names) for value in values]
-    if not isinstance(values, Mapping):
-        return values
-    twice = {name for name in names.values() if list(names.values()).count(name) > 1}
-    return {
-        (names[key] if names[key] not in twice else f"{names[key]} ({key})")
-        if isinstance(key, int)
-        else key: name_classes(value, names)
-        for key, value in values.items()
-    }
-
-
 @dataclass(frozen=True)
 class ReportMaker:
     """Makes `report.html` of the results.

@@ -6,7 +6,8 @@ An exception in the middle of a step would strike anywhere, also where worker pr
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -16,22 +17,33 @@ class Stopped(KeyboardInterrupt):
 
     Attributes:
         exit_code: 128 + the number of the signal, as shells have it.
+        in_order: whether it was raised by `check`, and nothing is half done.
         what_remains: end of the sentence for the user.
     """
 
     what_remains = "nothing was saved"
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, in_order: bool = False) -> None:
         """Name the signal."""
         super().__init__(number)
         self.exit_code = 128 + number
+        self.in_order = in_order
 
 
 class StopSignals:
     """Receives SIGINT and SIGTERM; one instance serves the program."""
 
-    def __init__(self) -> None:
+    def __init__(self, same_request_seconds: float = 5.0) -> None:
+        """Begin without any request.
+
+        Args:
+            same_request_seconds: signals within this time are one request: at a terminal, and from schedulers, a program
+                gets each twice, once directly and once from the launcher that it has as its parent.
+        """
+        self.same_request_seconds = same_request_seconds
         self._requested: int | None = None
+        self._requested_at = 0.0
+        self._agree: Callable[[int], int] | None = None
         self._held = False
         self._process: int | None = None
 
@@ -48,13 +60,20 @@ class StopSignals:
                 signal.signal(number, handler)
 
     @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Keep the first signal until the next `check`, or the end of the block."""
+    def hold(self, agree: Callable[[int], int] | None = None) -> Iterator[None]:
+        """Keep the first signal until the next `check`, or the end of the block.
+
+        Args:
+            agree: called in every `check` of the block with the number of the signal, or 0; returns what counts. With it
+                several processes can stop together.
+        """
         self._held = True
+        self._agree = agree
         try:
             yield
         finally:
             self._held = False
+            self._agree = None
         self.check()
 
     def check(self) -> None:
@@ -63,17 +82,26 @@ class StopSignals:
         Raises:
             Stopped: a signal came since `receive`.
         """
-        if self._requested is not None:
-            raise Stopped(self._requested)
+        requested = self._requested or 0
+        if self._agree is not None:
+            requested = self._agree(requested)
+        if requested:
+            raise Stopped(requested, in_order=True)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a worker that has just been forked: its parent ends it
-        if self._held and self._requested is None:
-            self._requested = number
-            print("\nStopping after this step. Once more to stop at once.", file=sys.stderr)
-        else:
+        is_first = self._requested is None
+        if not is_first and time.monotonic() - self._requested_at < self.same_request_seconds:
+            return
+        self._requested = number
+        self._requested_at = time.monotonic()
+        if not (self._held and is_first):
             raise Stopped(number)
+        print(
+            f"\nStopping after this step. Once more, {self.same_request_seconds:g} seconds later, to stop at once.",
+            file=sys.stderr,
+        )
 
 
 stop_signals = StopSignals()

@@ -74,11 +74,16 @@ def test_compiled_training_has_equal_losses_and_gradients_without_a_graph_for_ev
     counts = []
     for num_segments in ([2, 3], [4, 2], [3, 4], [5, 3], [2, 6]):
         batch = random_batch(num_segments, (64, 64))
+        passes = [batch["class_labels"]] * num_segments[0]
+        options = {
+            "global_batch": plain.count_global_batch(passes),
+            "ignore_masks": [None, torch.rand(64, 64) < 0.1],
+        }
         outputs = []
         for one in (plain, compiled):
             one.zero_grad()
             torch.manual_seed(0)
-            outputs.append(one(**batch))
+            outputs.append(one(**batch, **options))
             outputs[-1].loss.backward()
         torch.testing.assert_close(outputs[1].loss, outputs[0].loss, **ROUNDING)
         assert outputs[1].loss_dict.keys() == outputs[0].loss_dict.keys()

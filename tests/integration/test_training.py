@@ -20,9 +20,11 @@ from mpformer_hf import MPFormerForUniversalSegmentation, MPFormerImageProcessor
 from mpformer_hf.model_card import card_for_model
 from training import predictions
 from training.arguments import parse_arguments
-from training.evaluation import evaluate_panoptic
+from training.evaluation import evaluate_model
+from training.preparation import prepare_run
 from training.stopping import Stopped, StopSignals
-from training.train import hide_folders, main, prepare_run, train
+from training.train import main, train
+from training.training_record import hide_folders
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -30,6 +32,7 @@ max_steps: 6
 batch_size: 2
 num_workers: 0
 logging_steps: 3
+validation_pictures: 0
 learning_rate: 1e-3
 warmup_steps: 2
 dataset_options: {image_size: 64}
@@ -57,6 +60,8 @@ model:
 processor: {size: {max_height: 64, max_width: 64}, pad_size: {height: 64, width: 64}, score_threshold: 0.0}
 """
 
+WITH_PICTURES = ("--evaluation_steps", "3", "--validation_pictures", "2")
+
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory) -> str:
@@ -73,7 +78,7 @@ def arguments_for(recipe, output_dir, *words):
 def trained(recipe, tmp_path_factory):
     """(folder, results) of a run of six steps, with scores after the third too."""
     folder = tmp_path_factory.mktemp("run") / "outputs" / "tiny"
-    return folder, train(arguments_for(recipe, folder, "--evaluation_steps", "3"))
+    return folder, train(arguments_for(recipe, folder, *WITH_PICTURES))
 
 
 def start_program(*command: str, **variables: str) -> subprocess.Popen[str]:
@@ -98,20 +103,24 @@ def test_the_folder_holds_model_processor_scores_recipe_and_log(trained):
         "config.json",
         "log.jsonl",
         "model.safetensors",
+        "pictures",
+        "plots",
         "preprocessor_config.json",
         "recipe.yaml",
         "results.json",
     ]
+    assert sorted(path.name for path in (folder / "pictures").iterdir()) == ["step-00000003.png", "step-00000006.png"]
+    assert sorted(path.name for path in (folder / "plots").iterdir()) == ["curves.png", "levels.png"]
     assert [path.name for path in folder.parent.iterdir()] == ["tiny"]
     assert json.loads((folder / "results.json").read_text()) == results
 
 
 def test_the_results_say_what_they_depend_on(trained, recipe):
     folder, results = trained
-    assert results["panoptic_quality"].keys() == {"All", "Things", "Stuff", "per_class"}
-    assert list(results["panoptic_quality"]["per_class"])[-2:] == ["china", "flower"]
+    assert {"All", "Things", "Stuff", "per_class"} <= results["scores"].keys()
+    assert list(results["scores"]["per_class"])[-2:] == ["china", "flower"]
     assert results["num_images"] == 3
-    assert results["settings"] == arguments_for(recipe, folder, "--evaluation_steps", "3").to_dict()
+    assert results["settings"] == arguments_for(recipe, folder, *WITH_PICTURES).to_dict()
     assert results["versions"]["torch"] == torch.__version__
 
 
@@ -120,8 +129,8 @@ def test_the_card_has_the_scores_settings_and_weights_of_the_run(trained):
     text = (folder / "README.md").read_text()
     [model] = ModelCard(text).data.to_dict()["model-index"]
     metrics = {metric["type"]: metric["value"] for metric in model["results"][0]["metrics"]}
-    expected = {name: 100 * results["panoptic_quality"]["All"][name] for name in ("pq", "sq", "rq")}
-    expected |= {f"pq_{group.lower()}": 100 * results["panoptic_quality"][group]["pq"] for group in ("Things", "Stuff")}
+    expected = {name: 100 * results["scores"]["All"][name] for name in ("pq", "sq", "rq")}
+    expected |= {f"pq_{group.lower()}": 100 * results["scores"][group]["pq"] for group in ("Things", "Stuff")}
     assert metrics == pytest.approx(expected, abs=1e-4)
     assert f"torch {torch.__version__}" in text
     assert "| Steps | 6, of 2 images |" in text
@@ -161,9 +170,9 @@ def test_the_saved_model_has_the_scores_of_the_trained_one(trained):
     model = MPFormerForUniversalSegmentation.from_pretrained(folder)
     processor = MPFormerImageProcessor.from_pretrained(folder)
     run = prepare_run(parse_arguments([str(folder / "recipe.yaml")]))
-    scores = evaluate_panoptic(model, processor, run.validation_data, Accelerator(cpu=True))
+    scores = evaluate_model(model, processor, run.validation_data, Accelerator(cpu=True), "panoptic")
     assert {name: scores[name] for name in ("All", "Things", "Stuff")} == {
-        name: score for name, score in results["panoptic_quality"].items() if name != "per_class"
+        name: score for name, score in results["scores"].items() if name != "per_class"
     }
     assert model.config.id2label == run.train_data.id2label
     assert processor.label_ids_to_fuse == run.train_data.stuff_ids
@@ -179,8 +188,8 @@ def test_the_log_has_the_terms_of_the_loss_and_the_scores_on_the_way(trained):
         assert sum(line[term] for term in terms) == pytest.approx(line["loss"])
         assert line["images_per_second"] > 0
     assert [line["learning_rate"] for line in losses] == pytest.approx([1e-3 * (4 / 6) ** 0.9, 1e-3 * (1 / 6) ** 0.9])
-    assert [(line["step"], line["panoptic_quality"].keys()) for line in lines if "loss" not in line] == [
-        (3, {"All", "Things", "Stuff"})
+    assert [(line["step"], set(line["scores"])) for line in lines if "loss" not in line] == [
+        (3, {"PQ", "PQ things", "PQ stuff", "SQ", "RQ"})
     ]
 
 
@@ -188,6 +197,7 @@ def test_a_saved_model_gives_the_logits_of_the_trained_one_and_training_changed_
     run = prepare_run(arguments_for(recipe, tmp_path / "out", "--max_steps", "2"))
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     run.train_steps()
+    run.gather()
     run.save(tmp_path)
     loaded = MPFormerForUniversalSegmentation.from_pretrained(tmp_path).eval()
     inputs = MPFormerImageProcessor.from_pretrained(tmp_path)(run.validation_data[0]["image"], return_tensors="pt")
@@ -282,8 +292,8 @@ def test_a_picture_is_drawn_in_a_new_process(trained):
     assert str(folder / "predictions.png") in output
     picture = np.asarray(Image.open(folder / "predictions.png"))
     assert picture.shape[2] == 3
-    assert picture.shape[1] > 3 * 384  # three panels side by side
-    assert picture.shape[0] > 2 * 384
+    assert picture.shape[1] > 3 * 300  # three panels side by side
+    assert picture.shape[0] > 2 * 300
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 1000
     assert re.search("warning", errors, re.IGNORECASE) is None, errors
 
@@ -293,8 +303,18 @@ def test_predictions_need_the_folder_of_a_training(tmp_path):
         predictions.main([str(tmp_path)])
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_comes_twice_at_once_is_one_request(number):
+    """A launcher hands on what the program got already."""
+    finished = []
+    with pytest.raises(Stopped) as stop:
+        take_steps(StopSignals(), finished, [number, number])
+    assert finished == [0]
+    assert stop.value.in_order
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_run_that_is_stopped_says_so_and_writes_nothing(recipe, tmp_path, number, code):
+def test_a_run_that_is_stopped_writes_a_checkpoint_and_says_how_to_go_on(recipe, tmp_path, number, code):
     words = [recipe, "--output_dir", str(tmp_path / "out"), "--max_steps", "100000", "--num_workers", "1"]
     program = start_program("-m", "training.train", *words)
     for line in program.stdout:
@@ -304,9 +324,11 @@ def test_a_run_that_is_stopped_says_so_and_writes_nothing(recipe, tmp_path, numb
     os.killpg(program.pid, number)  # as Ctrl-C does: the processes that prepare batches get it too
     _, errors = program.communicate()
     assert program.returncode == code, errors
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["out.checkpoints"]
+    [checkpoint] = (tmp_path / "out.checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
     assert "Stopping after this step." in errors
-    assert "nothing was saved" in errors
+    assert f"Stopped: step {step} is saved in {checkpoint.parent}; start the same command again to go on" in errors
     assert "Traceback" not in errors
 
 
@@ -328,16 +350,18 @@ def test_the_first_signal_waits_for_the_end_of_a_step_and_the_second_does_not(nu
         take_steps(StopSignals(), finished, [number])
     assert finished == [0]
     assert stop.value.exit_code == 128 + number
-    assert "Once more to stop at once." in capsys.readouterr().err
-    with pytest.raises(Stopped):
-        take_steps(StopSignals(), finished, [number, number])
+    assert "Once more, 5 seconds later, to stop at once." in capsys.readouterr().err
+    with pytest.raises(Stopped) as stop:
+        take_steps(StopSignals(same_request_seconds=0), finished, [number, number])
     assert finished == [0]
+    assert not stop.value.in_order
     assert signal.getsignal(number) == before
 
 
 KILLED_WHILE_SAVING = """
 import os, signal
-from training.train import TrainingRun, main
+from training.loop import TrainingRun
+from training.train import main
 
 save = TrainingRun.save
 def save_and_die(self, folder):
@@ -375,5 +399,5 @@ def test_two_processes_train_and_score_together(recipe, tmp_path):
     # The scores of both halves, joined, are those that one process finds for the saved model.
     run = prepare_run(parse_arguments([str(output_dir / "recipe.yaml")]))
     model = MPFormerForUniversalSegmentation.from_pretrained(output_dir)
-    scores = evaluate_panoptic(model, run.processor, run.validation_data, Accelerator(cpu=True))
-    assert scores["All"] == results["panoptic_quality"]["All"]
+    scores = evaluate_model(model, run.processor, run.validation_data, Accelerator(cpu=True), "panoptic")
+    assert scores["All"] == results["scores"]["All"]

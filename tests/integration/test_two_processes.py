@@ -1,29 +1,26 @@
 """Two processes that train together give the loss and the gradients of one process with the whole batch.
 
+So do several forward passes of one optimiser step (gradient accumulation), in one process and in two.
+
 The processes are started once for all tests of this file, run everything there is to run, and leave their results in a file each.
 Points are the same for every row, image and process, and there is no noise, so that results can be compared at all.
 """
 
-import os
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mpformer_hf import MPFormerForUniversalSegmentation
 from mpformer_hf.target_checks import check_targets
 from tests.factories import random_batch, tiny_model
+from tests.process_groups import needs_gloo, run_processes, same_points_everywhere
 
 NUM_PROCESSES = 2
-SECONDS_TO_WAIT = 200
 SIZE = (64, 64)
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -38,31 +35,20 @@ BATCHES: dict[str, tuple[int, ...]] = {
     "nothing_at_all": (0, 0, 0, 0),
     "uneven": (1, 0, 5, 1),
 }
+# What is trained in several passes: not all, to save time.
+IN_PASSES = [
+    (config, batch)
+    for config in ("without_piloting", "two_groups")
+    for batch in ("empty_process", "nothing_at_all", "uneven")
+]
 CASES = [pytest.param(config, batch, id=f"{config}-{batch}") for config in CONFIGS for batch in BATCHES]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not distributed.is_gloo_available(), reason="needs the gloo backend of torch.distributed"),
-]
+pytestmark = [pytest.mark.slow, needs_gloo]
 
 Results = dict[str, Any]
 
 
 # -------------------------------------------------------------------------------------------------- in every process
-
-
-@contextmanager
-def same_points_everywhere() -> Iterator[None]:
-    """`torch.rand` gives every row the same points, whatever the number of rows."""
-    draw = torch.rand
-
-    def repeated(num_rows: int, num_points: int, two: int, **keywords) -> Tensor:
-        points = draw(1, num_points, two, generator=torch.Generator().manual_seed(num_points), **keywords)
-        return points.expand(num_rows, -1, -1).clone()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "rand", repeated)
-        yield
 
 
 def make_model(**fields) -> MPFormerForUniversalSegmentation:
@@ -74,10 +60,10 @@ def make_model(**fields) -> MPFormerForUniversalSegmentation:
     return model
 
 
-def cut_batch(name: str, rank: int, num_processes: int) -> Results:
-    """The part of a batch that belongs to one of the processes."""
+def cut_batch(name: str, part: int, num_parts: int) -> Results:
+    """The part of a batch that belongs to one of the processes, or to one of the forward passes of all processes."""
     batch = random_batch(BATCHES[name], SIZE)
-    own = slice(rank * 4 // num_processes, (rank + 1) * 4 // num_processes)
+    own = slice(part * 4 // num_parts, (part + 1) * 4 // num_parts)
     return {key: values[own] for key, values in batch.items()} | {"pixel_values": batch["pixel_values"][own].double()}
 
 
@@ -98,14 +84,36 @@ def train(model: nn.Module, name: str, rank: int, num_processes: int) -> Results
     }
 
 
-def train_all(rank: int, num_processes: int) -> Results:
-    """Every batch of every config. An unused parameter would make DDP fail in the step after."""
-    results = {}
+def train_in_passes(model: nn.Module, name: str, rank: int, num_processes: int) -> Results:
+    """The same with a forward pass for each image, whose gradients are added up."""
+    num_passes = 4 // num_processes
+    batches = [cut_batch(name, rank * num_passes + index, 4) for index in range(num_passes)]
+    is_wrapped = isinstance(model, DistributedDataParallel)
+    module = model.module if is_wrapped else model
+    counts = module.count_global_batch([batch["class_labels"] for batch in batches])
+    model.zero_grad()
+    loss, terms = 0.0, {}
+    for index, batch in enumerate(batches):
+        waits = is_wrapped and index < num_passes - 1
+        with same_points_everywhere(), model.no_sync() if waits else nullcontext():
+            outputs = model(**batch, global_batch=counts)
+            (outputs.loss / num_passes).backward()
+        loss += outputs.loss.item() / num_passes
+        terms = {key: terms.get(key, 0.0) + value.item() / num_passes for key, value in outputs.loss_dict.items()}
+    gradients = {key: parameter.grad.clone() for key, parameter in module.named_parameters() if parameter.requires_grad}
+    return {"loss": loss, "terms": terms, "gradients": gradients}
+
+
+def train_all(rank: int, num_processes: int) -> dict[str, Results]:
+    """Every batch of every config, as a whole and in passes. An unused parameter would make DDP fail in the step after."""
+    results: dict[str, Results] = {"trained": {}, "trained_in_passes": {}}
     for config, fields in CONFIGS.items():
         model = make_model(**fields).train()
         trained = DistributedDataParallel(model) if num_processes > 1 else model
         for batch in BATCHES:
-            results[config, batch] = train(trained, batch, rank, num_processes)
+            results["trained"][config, batch] = train(trained, batch, rank, num_processes)
+            if (config, batch) in IN_PASSES:
+                results["trained_in_passes"][config, batch] = train_in_passes(trained, batch, rank, num_processes)
     return results
 
 
@@ -117,6 +125,16 @@ def count_masks(num_masks: int, *, training: bool) -> float:
     return model.criterion._count_masks(targets, torch.device("cpu")).item()
 
 
+def count_unequal_passes(rank: int) -> str:
+    """What a process is told when one has a batch more than the other."""
+    labels = torch.zeros(2, dtype=torch.int64)
+    try:
+        make_model().count_global_batch([[labels]] * (rank + 1))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def evaluate(rank: int, *, with_labels: bool) -> float | None:
     batch = cut_batch("even", rank, NUM_PROCESSES)
     if not with_labels:
@@ -126,28 +144,16 @@ def evaluate(rank: int, *, with_labels: bool) -> float | None:
     return None if loss is None else loss.item()
 
 
-def run_process(rank: int, folder: Path) -> None:
+def run_process(rank: int, _: Path) -> Results:
     """What each of the two processes does."""
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # the name of this machine need not resolve
-    distributed.init_process_group(
-        "gloo",
-        init_method=(folder / "rendezvous").as_uri(),
-        rank=rank,
-        world_size=NUM_PROCESSES,
-        timeout=timedelta(seconds=SECONDS_TO_WAIT // 2),
-    )
-    results = {
-        "trained": train_all(rank, NUM_PROCESSES),
+    return {
+        **train_all(rank, NUM_PROCESSES),
+        "refused": count_unequal_passes(rank),
         "num_masks": count_masks((4, 12)[rank], training=True),
         "num_masks_of_one_segment": count_masks((1, 0)[rank], training=True),
         "num_masks_in_evaluation": count_masks((4, 12)[rank], training=False),
         "evaluated": evaluate(rank, with_labels=rank == 0),
     }
-    distributed.barrier()
-    torch.save(results, folder / f"{rank}.pt")
-    distributed.destroy_process_group()
 
 
 # ------------------------------------------------------------------------------------------------------- in the test
@@ -156,18 +162,7 @@ def run_process(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[Results]:
     """Results of both processes."""
-    folder = tmp_path_factory.mktemp("two_processes")
-    processes = multiprocessing.spawn(run_process, args=(folder,), nprocs=NUM_PROCESSES, join=False)
-    end = time.monotonic() + SECONDS_TO_WAIT
-    try:
-        while not processes.join(timeout=1.0):  # raises what a process has raised
-            assert time.monotonic() < end, f"Two processes did not finish within {SECONDS_TO_WAIT} seconds."
-    finally:
-        for process in processes.processes:
-            if process.is_alive():
-                process.kill()
-                process.join()
-    return [torch.load(folder / f"{rank}.pt") for rank in range(NUM_PROCESSES)]
+    return run_processes(run_process, tmp_path_factory.mktemp("two_processes"), NUM_PROCESSES)
 
 
 @pytest.fixture(scope="module")
@@ -176,38 +171,66 @@ def one_process() -> Results:
     return train_all(0, 1)
 
 
+def assert_loss_is_that_of_the_whole_batch(parts: list[Results], whole: Results) -> None:
+    assert sum(part["loss"] for part in parts) / len(parts) == pytest.approx(whole["loss"], rel=1e-5)
+    for part in parts:
+        assert set(part["terms"]) == set(whole["terms"])
+    for name, value in whole["terms"].items():
+        average = sum(part["terms"][name] for part in parts) / len(parts)
+        assert average == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def assert_gradients_are_those_of_the_whole_batch(parts: list[Results], whole: Results) -> None:
+    for part in parts:
+        gradients = part["gradients"]
+        assert set(gradients) == set(whole["gradients"])
+        for name, expected in whole["gradients"].items():
+            scale = max(expected.abs().max().item(), 1e-3)
+            torch.testing.assert_close(gradients[name], expected, rtol=1e-3, atol=1e-5 * scale, msg=name)
+
+
 @pytest.mark.parametrize(("config", "batch"), CASES)
 def test_the_average_loss_is_that_of_the_whole_batch(
     config: str, batch: str, two_processes: list[Results], one_process: Results
 ):
-    whole = one_process[config, batch]
     parts = [results["trained"][config, batch] for results in two_processes]
-    assert sum(part["loss"] for part in parts) / NUM_PROCESSES == pytest.approx(whole["loss"], rel=1e-5)
-    for part in parts:
-        assert set(part["terms"]) == set(whole["terms"])
-    for name, value in whole["terms"].items():
-        average = sum(part["terms"][name] for part in parts) / NUM_PROCESSES
-        assert average == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    assert_loss_is_that_of_the_whole_batch(parts, one_process["trained"][config, batch])
 
 
 @pytest.mark.parametrize(("config", "batch"), CASES)
 def test_gradients_are_those_of_the_whole_batch(
     config: str, batch: str, two_processes: list[Results], one_process: Results
 ):
-    whole = one_process[config, batch]["gradients"]
+    parts = [results["trained"][config, batch] for results in two_processes]
+    assert_gradients_are_those_of_the_whole_batch(parts, one_process["trained"][config, batch])
+
+
+@pytest.mark.parametrize(("config", "batch"), IN_PASSES)
+def test_two_passes_on_each_of_two_processes_are_the_step_of_the_whole_batch(
+    config: str, batch: str, two_processes: list[Results], one_process: Results
+):
+    parts = [results["trained_in_passes"][config, batch] for results in two_processes]
+    assert_loss_is_that_of_the_whole_batch(parts, one_process["trained"][config, batch])
+    assert_gradients_are_those_of_the_whole_batch(parts, one_process["trained"][config, batch])
+
+
+@pytest.mark.parametrize(("config", "batch"), IN_PASSES)
+def test_four_passes_on_one_process_are_the_step_of_the_whole_batch(config: str, batch: str, one_process: Results):
+    parts = [one_process["trained_in_passes"][config, batch]]
+    assert_loss_is_that_of_the_whole_batch(parts, one_process["trained"][config, batch])
+    assert_gradients_are_those_of_the_whole_batch(parts, one_process["trained"][config, batch])
+
+
+def test_processes_with_different_numbers_of_passes_are_told_so_together(two_processes: list[Results]):
     for results in two_processes:
-        gradients = results["trained"][config, batch]["gradients"]
-        assert set(gradients) == set(whole)
-        for name, expected in whole.items():
-            scale = max(expected.abs().max().item(), 1e-3)
-            torch.testing.assert_close(gradients[name], expected, rtol=1e-3, atol=1e-5 * scale, msg=name)
+        assert "equally many forward passes on every process, got 1, 2" in results["refused"]
 
 
 @pytest.mark.parametrize("batch", [batch for batch in BATCHES if batch != "nothing_at_all"])
 def test_gradients_are_not_zero(batch: str, one_process: Results):
     """Otherwise the comparison above would say nothing."""
     for config in CONFIGS:
-        zero = [name for name, grad in one_process[config, batch]["gradients"].items() if not grad.any()]
+        zero = [name for name, grad in one_process["trained"][config, batch]["gradients"].items() if not grad.any()]
         assert zero == []
 
 
@@ -233,9 +256,9 @@ def test_both_processes_have_the_slots_of_the_image_with_the_most_segments(
         "two_groups": {"even": 6, "empty_process": 8, "nothing_at_all": 0, "uneven": 10},
         "budget": {"even": 6, "empty_process": 4, "nothing_at_all": 0, "uneven": 5},
     }
-    for results in (one_process, *(results["trained"] for results in two_processes)):
+    for results in (one_process, *two_processes):
         assert {
-            config: {batch: results[config, batch]["num_slots"] for batch in BATCHES} for config in CONFIGS
+            config: {batch: results["trained"][config, batch]["num_slots"] for batch in BATCHES} for config in CONFIGS
         } == expected
 
 

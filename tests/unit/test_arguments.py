@@ -20,7 +20,7 @@ def write_recipe(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("recipe", sorted(ROOT.glob("training/recipes/**/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", sorted(ROOT.glob("training/recipes/digit_scenes/**/*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_is_valid(recipe):
     assert parse_arguments([str(recipe)]).max_steps > 0
 
@@ -114,11 +114,16 @@ def test_a_wrong_option_is_named(write_recipe, words, sentence):
         (["--learning_rate", "-1"], "`learning_rate` must be above 0"),
         (["--evaluation_steps", "0"], "`evaluation_steps` must be above 0"),
         (["--num_workers", "-1"], "`num_workers` must not be below 0"),
-        (["--dataset", "coco"], "`dataset` must be one of digit_scenes, got 'coco'"),
+        (["--dataset", "coco"], "`dataset` must be one of digit_scenes.*, got 'coco'"),
         (["--warmup_steps", "21"], r"`warmup_steps` \(21\) must not be above `max_steps` \(20\)"),
         (["--schedule", "step"], "`schedule: step` needs `schedule_milestones`"),
         (["--schedule_milestones", "[3]"], "`schedule_milestones` belongs to `schedule: step`"),
-        (["--task", "instance"], "only panoptic results can be scored. Set `evaluate: false`"),
+        (["--trackers", "tensorboard,abacus"], "`trackers` has no choice 'abacus'. Choices: tensorboard, trackio, wandb"),
+        (["--keep_best", "true"], "`keep_best` compares scores: set `evaluate: true` and `evaluation_steps` too"),
+        (["--early_stopping", "2"], "`early_stopping` compares scores"),
+        (["--push_to_hub", "evaluation"], "`push_to_hub: evaluation` needs"),
+        (["--class_weights.cat", "-1"], "`class_weights.cat` must be a number of at least 0, got -1"),
+        (["--exclude_ignored", "true"], "`exclude_ignored` needs `augmentation`"),
         (["--backbone", "x"], "exactly one of .*, got `backbone` and `model.backbone_config`"),
         (["--model", "{}"], "exactly one of .*, got none of them"),
         (["--model.num_labels", "3"], "`model.num_labels` comes from the data set"),
@@ -129,9 +134,9 @@ def test_values_that_cannot_work_are_refused_before_anything_is_loaded(write_rec
         parse_arguments([write_recipe(SCRATCH), *words])
 
 
-def test_other_tasks_can_be_trained_without_a_score(write_recipe):
-    words = ["--task", "semantic", "--evaluate", "false"]
-    assert parse_arguments([write_recipe(SCRATCH), *words]).options_of("train")["task"] == "semantic"
+def test_lists_of_words_are_separated_by_commas(write_recipe):
+    arguments = parse_arguments([write_recipe(SCRATCH), "--trackers", "tensorboard,wandb", "--frozen", "backbone"])
+    assert (arguments.trackers, arguments.frozen) == (("tensorboard", "wandb"), ("backbone",))
 
 
 def test_a_missing_setting_is_asked_for(write_recipe):
@@ -155,10 +160,10 @@ def test_a_file_that_is_no_recipe_is_refused(write_recipe, tmp_path, text, sente
 
 def test_the_backbone_learns_slowly_only_if_it_is_pretrained(write_recipe):
     pretrained = "output_dir: out\nmax_steps: 20\nbackbone: timm:resnet50\nlearning_rate: 1\n"
-    assert parse_arguments([write_recipe(pretrained)]).backbone_learning_rate == 0.1
-    assert parse_arguments([write_recipe(SCRATCH), "--learning_rate", "1"]).backbone_learning_rate == 1.0
+    assert parse_arguments([write_recipe(pretrained)]).backbone_factor == 0.1
+    assert parse_arguments([write_recipe(SCRATCH), "--learning_rate", "1"]).backbone_factor == 1.0
     words = ["--learning_rate", "1", "--backbone_learning_rate_factor", "0.5"]
-    assert parse_arguments([write_recipe(SCRATCH), *words]).backbone_learning_rate == 0.5
+    assert parse_arguments([write_recipe(SCRATCH), *words]).backbone_factor == 0.5
 
 
 def test_help_names_every_option_with_its_default(capsys):

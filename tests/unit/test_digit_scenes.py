@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training import data
+from training import data, digit_scenes
 from training.data import DigitScenes, load_segmentation_dataset, to_hf_dataset
 
 ROOT = Path(__file__).parents[2]
@@ -100,22 +100,22 @@ def test_scenes_and_panoptic_quality_need_no(package, new_process):
 
 
 def test_splits_share_no_handwriting():
-    train, validation = ({glyph.tobytes() for glyph, _ in data.load_glyphs(split)} for split in data.SPLITS)
+    train, validation = ({glyph.tobytes() for glyph, _ in digit_scenes.load_glyphs(split)} for split in data.SPLITS)
     assert not train & validation
-    assert len(data.load_glyphs("train")) + len(data.load_glyphs("validation")) == 1797
+    assert len(digit_scenes.load_glyphs("train")) + len(digit_scenes.load_glyphs("validation")) == 1797
     for split in data.SPLITS:
-        assert {digit for _, digit in data.load_glyphs(split)} == set(range(10))
+        assert {digit for _, digit in digit_scenes.load_glyphs(split)} == set(range(10))
 
 
 def test_splits_share_no_pixel_of_a_photograph():
     size = (640, 427)
     coverage = np.zeros(size[::-1], dtype=int)
     for split in data.SPLITS:
-        left, top, right, bottom = data.photograph_region(split, size)
+        left, top, right, bottom = digit_scenes.photograph_region(split, size)
         coverage[top:bottom, left:right] += 1
     assert (coverage == 1).all()
     for number in range(2):
-        widths = [data.load_photographs(split)[number].width for split in data.SPLITS]
+        widths = [digit_scenes.load_photographs(split)[number].width for split in data.SPLITS]
         assert sum(widths) == 640
 
 
@@ -123,7 +123,7 @@ def test_crops_of_a_split_show_pixels_of_its_own_region_alone():
     red = Image.new("RGB", (100, 80), (200, 0, 0))
     rng = np.random.default_rng(0)
     for image_size in ((32, 32), (300, 40), (40, 300)):
-        pixels = data.random_crop(red, image_size, rng)
+        pixels = digit_scenes.random_crop(red, image_size, rng)
         assert pixels.shape == (*image_size, 3)
         assert (pixels[..., 0] > 100).all()
         assert (pixels[..., 1:] == 0).all()
@@ -134,8 +134,8 @@ def test_each_pixel_belongs_to_at_most_one_segment_and_almost_all_to_one(preset)
     for row in DigitScenes("train", task="panoptic", preset=preset, num_images=30):
         owners = row["mask_labels"].sum(axis=0)
         assert owners.max() == 1
-        assert (owners == 0).sum() < 2 * data.MIN_VISIBLE_PIXELS
-        assert (row["mask_labels"].sum(axis=(1, 2)) >= data.MIN_VISIBLE_PIXELS).all()
+        assert (owners == 0).sum() < 2 * digit_scenes.MIN_VISIBLE_PIXELS
+        assert (row["mask_labels"].sum(axis=(1, 2)) >= digit_scenes.MIN_VISIBLE_PIXELS).all()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -175,7 +175,7 @@ def test_upper_segments_hide_lower_ones_and_slivers_are_dropped():
     owner = np.zeros((4, 6), dtype=np.int32)  # 24 pixels of segment 0,
     owner[:, 3:] = 1  # 12 of them under segment 1,
     owner[0, :4] = 2  # 4 under segment 2, which also hides a pixel of segment 1; segment 3 is hidden entirely
-    masks, class_ids = data.visible_segments(owner, [10, 7, 3, 5], min_pixels=5)
+    masks, class_ids = digit_scenes.visible_segments(owner, [10, 7, 3, 5], min_pixels=5)
     assert class_ids.tolist() == [10, 7]
     assert masks.sum(axis=(1, 2)).tolist() == [9, 11]
     assert not masks[:, 0, :4].any()
@@ -183,7 +183,7 @@ def test_upper_segments_hide_lower_ones_and_slivers_are_dropped():
 
 def test_semantic_task_of_a_scene_without_segments_has_no_mask():
     empty = np.zeros((0, 3, 4), dtype=bool)
-    masks, class_ids = data.select_segments(empty, np.zeros(0, dtype=np.int64), "semantic", 10)
+    masks, class_ids = digit_scenes.select_segments(empty, np.zeros(0, dtype=np.int64), "semantic", 10)
     assert masks.shape == (0, 3, 4)
     assert class_ids.shape == (0,)
 
@@ -211,11 +211,11 @@ def test_a_stroke_differs_from_what_is_around_it():
 
 
 def test_digit_masks_are_the_strokes_that_were_painted():
-    scene = data._Scene(np.zeros((40, 50, 3), np.float32), np.zeros((40, 50), np.int32), [10])
-    glyph = Image.fromarray(np.pad(np.full((8, 8), 255, np.uint8), data.GLYPH_MARGIN))
-    preset = data.ScenePreset(1, scale=(4, 4), max_angle=0, contrast=(255, 255), max_hidden=0, crowding=0)
+    scene = digit_scenes._Scene(np.zeros((40, 50, 3), np.float32), np.zeros((40, 50), np.int32), [10])
+    glyph = Image.fromarray(np.pad(np.full((8, 8), 255, np.uint8), digit_scenes.GLYPH_MARGIN))
+    preset = digit_scenes.ScenePreset(1, scale=(4, 4), max_angle=0, contrast=(255, 255), max_hidden=0, crowding=0)
     scene.add_digit(glyph, 3, preset, np.random.default_rng(0))
-    masks, class_ids = data.visible_segments(scene.owner, scene.class_ids)
+    masks, class_ids = digit_scenes.visible_segments(scene.owner, scene.class_ids)
     assert class_ids.tolist() == [10, 3]
     rows, columns = np.flatnonzero(masks[1].any(axis=1)), np.flatnonzero(masks[1].any(axis=0))
     assert abs(len(rows) - 32) <= 2, "8 pixels, enlarged 4 times"
@@ -228,7 +228,7 @@ def test_digit_masks_are_the_strokes_that_were_painted():
 def test_glyphs_turn_by_the_angle_that_was_asked_for():
     bar = np.zeros((12, 12), np.uint8)
     bar[5:7, 2:10] = 255
-    ink = data.render_glyph(Image.fromarray(bar), scale=6.0, angle=np.pi / 6)
+    ink = digit_scenes.render_glyph(Image.fromarray(bar), scale=6.0, angle=np.pi / 6)
     rows, columns = np.nonzero(ink >= 0.5)
     direction = np.linalg.eigh(np.cov(columns, rows))[1][:, -1]
     assert abs(np.degrees(np.arctan(abs(direction[1] / direction[0]))) - 30) < 2
@@ -244,8 +244,8 @@ def test_hidden_share_of_a_digit_stays_below_the_limit_of_the_preset():
             visible = np.bincount(scene.owner.ravel(), minlength=len(scene.class_ids))
             np.testing.assert_array_equal(visible, scene.visible_areas)
             hidden.extend(1 - visible[digits] / scene.full_areas[digits])
-        assert max(hidden) <= data.SCENE_PRESETS[preset].max_hidden + 1e-9
-        assert max(hidden) > 0.5 * data.SCENE_PRESETS[preset].max_hidden, "digits do overlap"
+        assert max(hidden) <= digit_scenes.SCENE_PRESETS[preset].max_hidden + 1e-9
+        assert max(hidden) > 0.5 * digit_scenes.SCENE_PRESETS[preset].max_hidden, "digits do overlap"
 
 
 def test_hard_scenes_have_more_and_smaller_digits_and_more_overlap():
@@ -260,18 +260,18 @@ def test_hard_scenes_have_more_and_smaller_digits_and_more_overlap():
 
 def test_color_distance_of_black_and_white_is_255_and_of_a_tint_is_less():
     black, white, blue = np.zeros(3), np.full(3, 255.0), np.array([0.0, 0.0, 255.0])
-    assert data.color_distance(black, white) == pytest.approx(255)
+    assert digit_scenes.color_distance(black, white) == pytest.approx(255)
     # Lightness 0.114 * 255, tint its deviation from grey: sqrt((2 * 0.114**2 + 0.886**2) / 3).
     expected = 255 * np.sqrt(0.114**2 + (2 * 0.114**2 + 0.886**2) / 3)
-    assert data.color_distance(black, blue) == pytest.approx(expected)
+    assert digit_scenes.color_distance(black, blue) == pytest.approx(expected)
 
 
 def test_contrast_is_measured_to_the_nearest_color_around():
     around = np.array([[128.0, 128, 128], [255.0, 0, 0]])
     rng = np.random.default_rng(1)
     for contrast in (40, 100):
-        color = data.contrasting_color(around, contrast, rng)
-        nearest = min(float(data.color_distance(color, other)) for other in around)
+        color = digit_scenes.contrasting_color(around, contrast, rng)
+        nearest = min(float(digit_scenes.color_distance(color, other)) for other in around)
         assert abs(nearest - contrast) < 15
 
 

@@ -8,16 +8,16 @@ from transformers.utils import ModelOutput
 
 from mpformer_hf import MPFormerImageProcessor
 from training.data import DigitScenes
-from training.evaluation import evaluate_panoptic, format_scores
-
-NUM_CLASSES = 12
+from training.evaluation import evaluate_model, format_scores, headlines, order_by_shape
 
 
 class MixedSizes:
     """Digit scenes of two sizes, in turns."""
 
-    def __init__(self) -> None:
-        self.wide, self.tall = (DigitScenes("validation", image_size=size) for size in ((96, 144), (128, 80)))
+    def __init__(self, task="panoptic") -> None:
+        self.wide, self.tall = (
+            DigitScenes("validation", task=task, image_size=size) for size in ((96, 144), (128, 80))
+        )
         self.id2label, self.thing_ids, self.stuff_ids = self.wide.id2label, self.wide.thing_ids, self.wide.stuff_ids
 
     def __len__(self) -> int:
@@ -36,6 +36,7 @@ class Oracle(nn.Module):
         self.rows = [dataset[index] for index in range(len(dataset))]
         self.images = [processor(row["image"], return_tensors="pt").pixel_values[0] for row in self.rows]
         self.label_shift = label_shift
+        self.num_classes = len(dataset.id2label)
 
     def find(self, image):
         height, width = image.shape[1:]
@@ -50,14 +51,14 @@ class Oracle(nn.Module):
     def forward(self, pixel_values, pixel_mask):
         assert not self.training
         batch, _, height, width = pixel_values.shape
-        classes = torch.full((batch, 8, NUM_CLASSES + 1), -9.0)
+        classes = torch.full((batch, 8, self.num_classes + 1), -9.0)
         classes[:, :, -1] = 9.0
         masks = torch.zeros(batch, 8, height, width)
         for index, image in enumerate(pixel_values):
             row = self.find(image)
             for number, (mask, label) in enumerate(zip(row["mask_labels"], row["class_labels"], strict=True)):
-                classes[index, number, [(label + self.label_shift) % NUM_CLASSES, NUM_CLASSES]] = torch.tensor(
-                    [9.0, -9.0]
+                classes[index, number, [(label + self.label_shift) % self.num_classes, self.num_classes]] = (
+                    torch.tensor([9.0, -9.0])
                 )
                 masks[index, number, : mask.shape[0], : mask.shape[1]] = torch.from_numpy(mask).float()
         masks = nn.functional.interpolate(masks, scale_factor=0.25, mode="area") * 20 - 10
@@ -79,7 +80,7 @@ def processor():
 def test_a_model_that_knows_everything_finds_every_segment(dataset, processor, batch_size, num_workers):
     model = Oracle(dataset, processor)
     sizes = {"batch_size": batch_size, "num_workers": num_workers}
-    scores = evaluate_panoptic(model, processor, dataset, Accelerator(cpu=True), **sizes)
+    scores = evaluate_model(model, processor, dataset, Accelerator(cpu=True), "panoptic", **sizes)
     num_classes = len({int(label) for row in model.rows for label in row["class_labels"]})
     assert scores["All"]["rq"] == 1.0
     assert scores["All"]["n"] == num_classes
@@ -87,29 +88,53 @@ def test_a_model_that_knows_everything_finds_every_segment(dataset, processor, b
 
 
 def test_right_masks_with_wrong_classes_are_worth_nothing(dataset, processor):
-    scores = evaluate_panoptic(Oracle(dataset, processor, label_shift=1), processor, dataset, Accelerator(cpu=True))
+    scores = evaluate_model(
+        Oracle(dataset, processor, label_shift=1), processor, dataset, Accelerator(cpu=True), "panoptic"
+    )
     assert scores["All"]["pq"] == 0.0
 
 
 def test_the_thresholds_of_the_processor_decide(dataset):
     strict = MPFormerImageProcessor(do_resize=False, score_threshold=1.0)
-    scores = evaluate_panoptic(Oracle(dataset, strict), strict, dataset, Accelerator(cpu=True))
+    scores = evaluate_model(Oracle(dataset, strict), strict, dataset, Accelerator(cpu=True), "panoptic")
     assert scores["All"]["pq"] == 0.0
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_of_the_model_is_the_same_afterwards(dataset, processor, training):
     model = Oracle(dataset, processor).train(training)
-    evaluate_panoptic(model, processor, dataset, Accelerator(cpu=True))
+    evaluate_model(model, processor, dataset, Accelerator(cpu=True), "panoptic")
     assert model.training is training
 
 
-def test_the_table_is_in_percent():
+@pytest.mark.parametrize(("task", "name"), [("instance", "AP50"), ("semantic", "pixel accuracy")])
+def test_every_task_is_scored(processor, task, name):
+    dataset = MixedSizes(task)
+    looked_at = []
+    scores = evaluate_model(
+        Oracle(dataset, processor),
+        processor,
+        dataset,
+        Accelerator(cpu=True),
+        task,
+        look=lambda row, result: looked_at.append(row["image_id"]),
+    )
+    assert headlines(task, scores)[name] > 0.9
+    assert sorted(looked_at) == list(range(7))
+
+
+def test_images_of_one_shape_come_together_if_their_sizes_are_known(dataset):
+    assert list(order_by_shape(dataset)) == list(range(7))
+    sizes = [(96, 144), (128, 80), (97, 145), (128, 80), (400, 600)]
+    known = DigitScenes("validation", num_images=5)
+    known.size = sizes.__getitem__
+    assert order_by_shape(known) == [0, 2, 4, 1, 3]
+
+
+def test_groups_without_classes_have_no_score_and_the_first_score_is_always_there():
     group = {"pq": 0.5, "sq": 0.625, "rq": 0.8, "n": 12}
-    lines = format_scores({"All": group, "Things": {**group, "n": 10}, "Stuff": {**group, "n": 2}}).splitlines()
-    assert [line.split() for line in lines] == [
-        ["PQ", "SQ", "RQ", "classes"],
-        ["All", "50.0", "62.5", "80.0", "12"],
-        ["Things", "50.0", "62.5", "80.0", "10"],
-        ["Stuff", "50.0", "62.5", "80.0", "2"],
-    ]
+    scores = headlines("panoptic", {"All": group, "Things": group, "Stuff": {"pq": 0.0, "sq": 0.0, "rq": 0.0, "n": 0}})
+    assert scores == {"PQ": 0.5, "PQ things": 0.5, "SQ": 0.625, "RQ": 0.8}
+    assert format_scores(scores) == "PQ 50.0, PQ things 50.0, SQ 62.5, RQ 80.0"
+    nothing = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APm", "APl"), -1.0)
+    assert headlines("instance", nothing) == {"AP": -1.0}

@@ -4,7 +4,7 @@ Axes: B images, P pilot slots, Q matched queries, N = P + Q, M cells of a featur
 embedding, A attention heads.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
@@ -282,6 +282,48 @@ def test_a_query_that_would_see_nothing_sees_everything():
 
     all_negative = mask_attention(torch.tensor([[[-1.0], [-2.0]]]), torch.ones(1, 1, 4), 0, 0, None)
     assert not all_negative.any()
+
+
+def test_the_share_of_empty_masks_is_that_of_matched_queries_of_the_last_training_step():
+    """Plainly: how many masks are negative in all cells of the level."""
+    decoder, features = make_decoder(), draw_features()
+    queries, _ = draw_queries()
+    first = decoder.eval()(queries, None, features).mask_embeddings[0].detach().flatten(0, 1)
+    assert decoder.last_blocked_share is None
+    # Maps that hardly vary, orthogonal to the mean of the first masks: some of these are positive, the others negative everywhere.
+    mean = first.mean(dim=0)
+    constant = first[0] - (first[0] @ mean) / (mean @ mean) * mean
+    features = replace(features, pixel_embedding=constant[:, None, None] + 0.01 * features.pixel_embedding)
+    decoder.train()
+    output = decoder(queries, None, features)
+    expected = []
+    for index in range(len(decoder.layers)):
+        size = LEVEL_SIZES[index % len(LEVEL_SIZES)]
+        masks = torch.einsum("bnd,bdhw->bnhw", output.mask_embeddings[index], features.pixel_embedding)
+        resized = nn.functional.interpolate(masks, size=size, mode="bilinear", align_corners=False)
+        is_empty = [[bool((mask < 0).all()) for mask in image] for image in resized]
+        expected.append(torch.tensor(is_empty).float().mean())
+    assert 0 < sum(expected) < len(expected)
+    torch.testing.assert_close(decoder.last_blocked_share, torch.stack(expected))
+    decoder.eval()(queries, None, features)
+    assert len(decoder.last_blocked_share) == len(decoder.layers)
+
+
+@pytest.mark.parametrize("num_piloted", [0, 1], ids=["own_masks", "ground_truth"])
+def test_pilot_slots_do_not_count_as_empty_masks(num_piloted: int):
+    """Two slots whose own masks are empty, before a query that sees something and one that does not."""
+    piloted = None
+    if num_piloted:
+
+        class Everything:
+            def draw_attention_mask(self, level: int) -> torch.Tensor:
+                return torch.zeros(1, 1, 2, 4, dtype=torch.bool)
+
+        piloted = Pilot(torch.zeros(1, 2, 1), torch.zeros(4, 4, dtype=torch.bool), Everything(), num_piloted)
+    recorded = []
+    mask_embedding = torch.tensor([[[-1.0], [-1.0], [1.0], [-1.0]]])
+    mask_attention(mask_embedding, torch.ones(1, 1, 4), 0, 2, piloted, recorded.append)
+    assert [is_empty.tolist() for is_empty in recorded] == [[[False, True]]]
 
 
 def test_attention_masks_carry_no_gradient():

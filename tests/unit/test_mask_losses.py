@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpformer_hf import mask_losses
+from mpformer_hf.global_batch import GlobalBatch
 from mpformer_hf.mask_losses import (
     LevelPredictions,
     PointSettings,
@@ -581,6 +582,111 @@ def test_values_out_of_range_raise_before_the_loss_and_name_the_image():
             make_criterion()(predictions, targets, None)
 
 
+# ------------------------------------------------------------------------------------------------------ unknown labels
+
+
+def touches(ignore_mask: Tensor, point: Tensor) -> bool:
+    """Whether a bilinear value at one point depends on a pixel that is ignored: plainly, pixel by pixel."""
+    x, y = (point.double() * torch.tensor([PADDED_SIZE[1], PADDED_SIZE[0]]) - 0.5).tolist()
+    return any(
+        bool(ignore_mask[row, column]) and abs(y - row) < 1 and abs(x - column) < 1
+        for row in range(ignore_mask.shape[0])
+        for column in range(ignore_mask.shape[1])
+    )
+
+
+def losses_where_known(
+    mask: Tensor, target: Tensor, ignore_mask: Tensor, candidates: Tensor, rest: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both losses of one row by definition; points that are ignored are thrown away, and candidates are chosen among others."""
+    height, width = target.shape
+    padded = nn.functional.pad(target.double(), (0, PADDED_SIZE[1] - width, 0, PADDED_SIZE[0] - height))
+    known = [point for point in candidates if not touches(ignore_mask, point)]
+    known.sort(key=lambda point: read(mask.detach(), point[None]).abs().item())
+    points = known[: int(POINTS.importance_sample_ratio * POINTS.num_points)]
+    points += [point for point in rest if not touches(ignore_mask, point)]
+    if not points:
+        return mask.sum() * 0.0, mask.sum() * 0.0
+    label, probability = read(padded, torch.stack(points)), read(mask, torch.stack(points)).sigmoid()
+    cross_entropy = -(label * probability.log() + (1 - label) * (1 - probability).log()).mean()
+    return cross_entropy, 1 - (2 * (probability * label).sum() + 1) / (probability.sum() + label.sum() + 1)
+
+
+@pytest.mark.parametrize("size", [PADDED_SIZE, (19, 26)], ids=["padded_size", "own_size"])
+def test_points_on_unknown_pixels_count_in_no_mask_loss(size: tuple[int, int], draws: list[Tensor]):
+    """The first image is known in part, the last not at all."""
+    inputs = draw_fused_inputs(size=size)
+    unknown_in_part, unknown = torch.zeros(size, dtype=torch.bool), torch.ones(PADDED_SIZE, dtype=torch.bool)
+    unknown_in_part[4:15, 3:12] = True
+    unknown_in_part[0, 20] = True
+    targets = replace(inputs.row_targets.targets, ignore_masks=[unknown_in_part, None, unknown])
+    inputs = replace(inputs, row_targets=replace(inputs.row_targets, targets=targets))
+    draws.clear()
+    total, cross_entropy, dice = inputs.run()
+
+    candidates, rest = torch.cat(draws[0::2]), torch.cat(draws[1::2])
+    rows = inputs.row_targets.rows
+    expected = []
+    for row, (image, target) in enumerate(zip(rows.image, rows.target, strict=True)):
+        mask = torch.einsum("d,dhw->hw", inputs.embeddings[row], inputs.pixel_embedding[image])
+        ignore_mask = targets.ignore_masks[image]
+        expected.append(
+            losses_where_known(mask, targets.mask_labels[image][target], ignore_mask, candidates[row], rest[row])
+        )
+    expected_cross_entropy, expected_dice = (torch.stack(kind) for kind in zip(*expected, strict=True))
+    expected_total = (expected_cross_entropy * inputs.mask_scale + expected_dice * inputs.dice_scale).sum()
+    torch.testing.assert_close(cross_entropy, expected_cross_entropy.detach(), rtol=1e-10, atol=0)
+    torch.testing.assert_close(dice, expected_dice.detach(), rtol=1e-10, atol=1e-14)
+    assert (cross_entropy[:4] > 0).all()
+    assert (cross_entropy[4:] == 0).all()
+    assert (dice[4:] == 0).all()
+    gradients, wanted = inputs.gradients_of(total), inputs.gradients_of(expected_total)
+    for gradient, reference in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-9, atol=1e-12)
+    assert (gradients[0][4:] == 0).all()
+
+
+@pytest.mark.parametrize("num_groups", [0, 2])
+def test_what_masks_say_about_unknown_pixels_changes_no_digit(num_groups: int):
+    predictions, targets = draw_predictions(3, 4 + 3 * num_groups), draw_targets()
+    layout = lay_out(targets, num_groups) if num_groups else None
+    ignore_masks = [torch.rand(PADDED_SIZE) < 0.2 for _ in range(3)]
+    other_masks = [masks ^ ignored for masks, ignored in zip(targets.mask_labels, ignore_masks, strict=True)]
+    results = []
+    for masks in (targets.mask_labels, other_masks):
+        torch.manual_seed(0)
+        given = replace(targets, mask_labels=masks, ignore_masks=ignore_masks)
+        loss, terms = make_criterion()(predictions, given, layout)
+        results.append([loss, *terms.values(), *torch.autograd.grad(loss, leaves_of(predictions))])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+    torch.manual_seed(0)
+    everything_known, _ = make_criterion()(predictions, targets, layout)
+    assert everything_known != results[0][0]
+
+
+@pytest.mark.parametrize("num_groups", [0, 2])
+def test_an_image_of_which_nothing_is_known_has_label_losses_alone(num_groups: int):
+    predictions, targets = draw_predictions(3, 4 + 3 * num_groups), draw_targets()
+    layout = lay_out(targets, num_groups) if num_groups else None
+    unknown = replace(targets, ignore_masks=[torch.ones(PADDED_SIZE, dtype=torch.bool)] * 3)
+    loss, terms = make_criterion()(predictions, unknown, layout)
+    for name, term in terms.items():
+        assert (term > 0) == ("cross_entropy" in name), name
+    gradients = torch.autograd.grad(loss, [*predictions.mask_embeddings, predictions.pixel_embedding])
+    assert not any(gradient.any() for gradient in gradients)
+
+
+def test_nothing_unknown_is_the_same_as_no_ignore_masks():
+    predictions, targets = draw_predictions(3, 4), draw_targets()
+    losses = []
+    for ignore_masks in (None, [None] * 3, [torch.zeros(PADDED_SIZE, dtype=torch.bool)] * 3):
+        torch.manual_seed(0)
+        losses.append(make_criterion()(predictions, replace(targets, ignore_masks=ignore_masks), None)[0])
+    assert losses[1] == losses[0]
+    torch.testing.assert_close(losses[2], losses[0], rtol=1e-6, atol=0)
+
+
 # ------------------------------------------------------------------------------------------------------- memory and host
 
 
@@ -664,7 +770,8 @@ class ImplicitReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("num_groups", [0, 2])
 @pytest.mark.parametrize("num_segments", [(2, 0, 3), (0, 0, 0)], ids=str)
-def test_a_step_waits_for_the_device_once(num_groups: int, num_segments: tuple[int, ...]):
+@pytest.mark.parametrize("with_options", [False, True])
+def test_a_step_waits_for_the_device_once(num_groups: int, num_segments: tuple[int, ...], with_options: bool):
     """All costs and all checks of values travel in one copy to the host.
 
     On the CPU `cpu()` does nothing and no operator runs, so explicit reads are counted where Python calls them; implicit ones
@@ -674,6 +781,10 @@ def test_a_step_waits_for_the_device_once(num_groups: int, num_segments: tuple[i
     layout = lay_out(targets, num_groups, 3) if num_groups else None
     predictions = draw_predictions(3, 4 + (layout.num_slots if layout else 0))
     criterion = make_criterion()
+    if with_options:
+        counts = GlobalBatch.count([targets.class_labels] * 2, num_labels=NUM_LABELS, num_queries=4)
+        ignore_masks = [torch.rand(PADDED_SIZE) < 0.2, None, torch.rand(PADDED_SIZE) < 0.2]
+        targets = replace(targets, global_batch=replace(counts, max_segments=3), ignore_masks=ignore_masks)
     with HostReads() as reads, ImplicitReads() as implicit:
         loss, _ = criterion(predictions, targets, layout)
         loss.backward()
@@ -777,3 +888,27 @@ def test_slots_are_no_queries_for_surplus_segments():
     assert criterion.surplus_segments == 2
     assert loss.isfinite()
     assert terms["loss_pilot_mask"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------ match stability
+
+
+def test_training_steps_leave_the_match_stability_and_evaluation_does_not():
+    criterion, predictions, targets = make_criterion(), draw_predictions(3, 4), draw_targets()
+    assert criterion.last_match_stability is None
+    criterion.eval()(predictions, targets, None)
+    assert criterion.last_match_stability is None
+    criterion.train()(predictions, targets, None)
+    stability = criterion.last_match_stability
+    assert len(stability) == NUM_LEVELS - 1
+    assert all(0 <= share <= 1 for share in stability)
+
+    same = replace(
+        predictions,
+        class_logits=[predictions.class_logits[0]] * NUM_LEVELS,
+        mask_embeddings=[predictions.mask_embeddings[0]] * NUM_LEVELS,
+    )
+    criterion(same, targets, None)
+    assert criterion.last_match_stability == [1.0] * (NUM_LEVELS - 1)
+    criterion(draw_predictions(2, 4), draw_targets((0, 0)), None)
+    assert criterion.last_match_stability is None

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpformer_hf.mask_matching import CostWeights, assign, compute_matching_costs
+from mpformer_hf.mask_matching import Assignment, CostWeights, assign, compute_matching_costs, measure_stability
 
 NUM_POINTS = 40
 PADDED_SIZE = (24, 32)
@@ -29,7 +29,9 @@ class Scene:
     class_labels: list[Tensor]
     points: Tensor
 
-    def compute_costs(self, weights: CostWeights = WEIGHTS) -> list[Tensor]:
+    def compute_costs(
+        self, weights: CostWeights = WEIGHTS, ignore_masks: list[Tensor | None] | None = None
+    ) -> list[Tensor]:
         return compute_matching_costs(
             self.class_logits,
             self.mask_embeddings,
@@ -39,6 +41,7 @@ class Scene:
             PADDED_SIZE,
             weights=weights,
             num_points=NUM_POINTS,
+            ignore_masks=ignore_masks,
         )
 
 
@@ -216,3 +219,72 @@ def test_the_input_is_not_changed():
     costs = np.array([[[np.nan, 1.0]]], dtype=np.float32)
     assign(costs)
     assert np.isnan(costs[0, 0, 0])
+
+
+# ------------------------------------------------------------------------------------------------------ unknown labels
+
+
+def test_points_on_unknown_pixels_count_in_no_cost(scene: Scene):
+    """The left half is unknown; the points that count, taken alone, give the costs. Their mean is not that of all points."""
+    ignore_mask = torch.zeros(PADDED_SIZE, dtype=torch.bool)
+    ignore_mask[:, :16] = True
+    costs = scene.compute_costs(ignore_masks=[ignore_mask, None, ignore_mask])
+    for image in (0, 2):
+        counted = (
+            scene.points[image, :, 0] * PADDED_SIZE[1] - 0.5 >= 16
+        )  # from there on no pixel of the left half takes part
+        assert 0 < counted.sum() < NUM_POINTS
+        points = scene.points[image, counted]
+        masks = torch.einsum("vqd,dhw->vqhw", scene.mask_embeddings[:, image], scene.pixel_embedding[image])
+        logits = nn.functional.grid_sample(
+            masks.flatten(0, 1)[None], 2 * points[None, None] - 1, align_corners=False
+        ).view(2, 5, -1)
+        given = scene.mask_labels[image].double()
+        padded = nn.functional.pad(given, (0, PADDED_SIZE[1] - given.shape[2], 0, PADDED_SIZE[0] - given.shape[1]))
+        labels = nn.functional.grid_sample(padded[None], 2 * points[None, None] - 1, align_corners=False)[0, :, 0]
+        classes = scene.class_logits[:, image].softmax(-1)
+        for level, query, target in itertools.product(range(2), range(5), range(len(given))):
+            probability, label = logits[level, query].sigmoid(), labels[target]
+            cross_entropy = -(label * probability.log() + (1 - label) * (1 - probability).log()).mean()
+            dice = 1 - (2 * (probability * label).sum() + 1) / (probability.sum() + label.sum() + 1)
+            label_cost = -classes[level, query, scene.class_labels[image][target]]
+            expected = WEIGHTS.label * label_cost + WEIGHTS.mask * cross_entropy + WEIGHTS.dice * dice
+            torch.testing.assert_close(costs[image][level, query, target], expected, rtol=1e-9, atol=1e-12)
+
+
+def test_segments_of_an_image_of_which_nothing_is_known_are_matched_by_class_alone(scene: Scene):
+    unknown = [torch.ones(PADDED_SIZE, dtype=torch.bool)] * 3
+    expected = scene.compute_costs(CostWeights(label=WEIGHTS.label, mask=0.0, dice=0.0))
+    for cost, label_cost in zip(scene.compute_costs(ignore_masks=unknown), expected, strict=True):
+        torch.testing.assert_close(cost, label_cost, rtol=1e-12, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- stability
+
+
+def assignment(*queries_of_levels: tuple[int, ...]) -> Assignment:
+    """Queries of the segments 0, 1 ... at each level; -1 is none."""
+    pairs = [
+        (level, query, target)
+        for level, queries in enumerate(queries_of_levels)
+        for target, query in enumerate(queries)
+        if query >= 0
+    ]
+    level, query, target = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
+    return Assignment(level, query, target, ())
+
+
+def test_stability_is_the_share_of_segments_that_keep_their_query_mean_over_images():
+    """The first image keeps one of two, then both; the second none of one, then none; the image without segments has no say."""
+    found = [assignment((3, 1), (3, 0), (3, 0)), assign(np.zeros((3, 5, 0))), assignment((2,), (4,), (2,))]
+    assert measure_stability(found, [2, 0, 1], 3) == [0.25, 0.5]
+
+
+def test_segments_without_a_query_are_not_stable():
+    """Two queries for three segments: at both later levels one of the two that are matched was so before."""
+    found = assignment((0, 1, -1), (0, -1, 1), (-1, 0, 1))
+    assert measure_stability([found], [3], 3) == [0.5, 0.5]
+
+
+def test_no_segments_have_no_stability():
+    assert measure_stability([assign(np.zeros((3, 5, 0)))], [0], 3) is None

@@ -501,3 +501,41 @@ def test_dropout_never_skips_a_layer():
     for _ in range(5):
         predict(model, **random_batch([1]))
     assert len(calls) == 5 * (model.config.decoder_layers - 1)
+
+
+# ---------------------------------------------------------------------------------------------------- unknown labels
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_ignore_masks_hide_ground_truth_from_the_loss(training: bool):
+    """Without pilot slots, whose attention sees it."""
+    model, batch = tiny_model(mask_piloting=False).train(training), random_batch([2, 3])
+    ignore_masks = [torch.zeros(64, 96, dtype=torch.bool), None]
+    ignore_masks[0][10:40, 20:70] = True
+    other = batch | {"mask_labels": [batch["mask_labels"][0] ^ ignore_masks[0], batch["mask_labels"][1]]}
+
+    def loss_of(given: dict[str, Any], **options: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        return predict(model, **given, **options).loss
+
+    assert loss_of(batch, ignore_masks=ignore_masks) == loss_of(other, ignore_masks=ignore_masks)
+    assert loss_of(batch, ignore_masks=ignore_masks) != loss_of(batch)
+    assert loss_of(batch) != loss_of(other)
+
+
+def test_the_attention_of_pilot_slots_sees_what_ignore_masks_hide():
+    model, batch = tiny_model().train(), random_batch([2, 3])
+    unknown = [torch.ones(64, 96, dtype=torch.bool)] * 2
+    outputs = []
+    for options in ({}, {"ignore_masks": unknown}):
+        torch.manual_seed(0)
+        outputs.append(predict(model, **batch, **options, output_auxiliary_logits=True))
+    assert torch.equal(outputs[0].pilot_masks_queries_logits, outputs[1].pilot_masks_queries_logits)
+    assert torch.equal(outputs[0].masks_queries_logits, outputs[1].masks_queries_logits)
+
+
+def test_a_model_has_no_input_embeddings_and_does_not_raise():
+    """Accelerate asks each model that it shards."""
+    model = tiny_model()
+    assert model.get_input_embeddings() is None
+    assert model.model.get_input_embeddings() is None

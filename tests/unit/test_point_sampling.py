@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mpformer_hf.point_sampling import MaskReader, choose_points, sample_maps, sample_masks
+from mpformer_hf.point_sampling import IgnoredPixels, MaskReader, choose_points, sample_maps, sample_masks
 
 # Corners, borders and the centre of the unit square, beside which rounding and the zeros outside show first.
 SPECIAL_POINTS = [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [0.5, 0.5], [1.0, 0.3], [0.3, 0.0]]
@@ -253,3 +253,35 @@ def test_points_have_the_type_of_the_logits():
 
 def test_no_rows_need_no_points():
     assert choose_points(torch.zeros(0, 1, 4, 4), 8, 3.0, 0.75).shape == (0, 8, 2)
+
+
+# -------------------------------------------------------------------------------------------------------- ignored pixels
+
+
+def test_a_point_is_ignored_when_any_pixel_that_it_reads_is():
+    """Of 4x4 pixels in a padded image of 8x8 pixels, (1, 2) is unknown: it is read within one pixel of its centre."""
+    ignore_mask = torch.zeros(4, 4, dtype=torch.bool)
+    ignore_mask[1, 2] = True
+    ignored = IgnoredPixels(ignore_mask, (8, 8))
+    pixels = torch.tensor([[2.0, 1.0], [2.9, 1.9], [1.1, 0.1], [3.0, 1.0], [1.0, 1.0], [2.0, 2.0], [6.0, 5.0]])
+    points = ((pixels + 0.5) / 8).expand(3, -1, -1)
+    assert ignored.at(points).tolist() == [[True, True, True, False, False, False, False]] * 3
+
+
+def test_all_points_of_an_image_that_is_unknown_are_ignored():
+    ignored = IgnoredPixels(torch.ones(4, 6, dtype=torch.bool), (4, 6))
+    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    inside = torch.rand(20, 2) * 0.98 + 0.01
+    assert ignored.at(inside[None]).all()
+    assert ignored.at(corners[None]).all()
+
+
+def test_candidates_that_are_ignored_are_kept_only_for_want_of_others():
+    """The left half is ignored, and the network is most uncertain there."""
+    logits = torch.full((2, 1, 8, 8), 10.0)
+    logits[..., :4] = 0.1
+    points = choose_points(logits, 40, 3.0, 0.5, lambda points: points[..., 0] < 0.5)
+    assert (points[:, :20, 0] >= 0.5).all()
+    assert (points[:, 20:, 0] < 0.5).any()  # drawn afresh
+    nothing_else = choose_points(logits, 40, 3.0, 0.5, lambda points: torch.ones(points.shape[:2], dtype=torch.bool))
+    assert nothing_else.shape == (2, 40, 2)

@@ -194,6 +194,73 @@ def test_empty_masks_may_have_any_size():
     assert predict(model(training=True), **batch_with(mask_labels={1: masks(0, 1, 1)})).loss.isfinite()
 
 
+# ---------------------------------------------------------------------------------------------------------------- ignore masks
+
+
+def ignore_masks(*sizes: tuple[int, int]) -> list[Tensor]:
+    return [torch.zeros(size, dtype=torch.bool) for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "came"),
+    [
+        (torch.zeros(64, 96), "torch.float32 of shape (64, 96)"),
+        (torch.full((64, 96), 255, dtype=torch.uint8), "torch.uint8"),
+        (torch.zeros(1, 64, 96, dtype=torch.bool), "shape (1, 64, 96)"),
+        ([[True]], "list"),
+    ],
+    ids=["float", "label map", "three axes", "a list"],
+)
+def test_ignore_masks_of_a_wrong_kind_are_refused_with_the_image(wrong, came):
+    message = message_of(batch_with() | {"ignore_masks": [None, None, wrong]})
+    assert "ignore mask of image 2" in message
+    assert "(height, width)" in message
+    assert came in message
+
+
+def test_ignore_masks_for_another_number_of_images_are_refused():
+    message = message_of(batch_with() | {"ignore_masks": ignore_masks((64, 96), (64, 96))})
+    assert "`ignore_masks`" in message
+    assert "3 images, got 2" in message
+
+
+@pytest.mark.parametrize("size", [(63, 96), (64, 97), (0, 96), (50, 90)], ids=str)
+@pytest.mark.parametrize("image", [1, 2])
+@pytest.mark.parametrize("with_pixel_mask", [False, True])
+def test_ignore_masks_of_another_size_are_refused_with_the_image(size, image, with_pixel_mask):
+    """Also in an image without segments, and beside masks of the right size."""
+    given = ignore_masks((64, 96), (64, 96), (64, 96))
+    given[image] = ignore_masks(size)[0]
+    batch = batch_with() | {"ignore_masks": given}
+    if with_pixel_mask:
+        batch["pixel_mask"] = torch.ones(3, 64, 96)
+        batch["pixel_mask"][image, 50:] = 0  # the image's own size is (50, 96)
+    message = message_of(batch)
+    assert f"ignore mask of image {image}" in message
+    assert "64x96" in message
+    assert f"{size[0]}x{size[1]}" in message
+
+
+def test_masks_of_another_size_are_named_first():
+    pixel_mask = torch.ones(3, 64, 96)
+    batch = batch_with(mask_labels={2: masks(3, 50, 96)}) | {"pixel_mask": pixel_mask}
+    message = message_of(batch | {"ignore_masks": [None, None, ignore_masks((40, 96))[0]]})
+    assert "masks of image 2" in message
+    assert "50x96" in message
+
+
+def test_ignore_masks_may_have_the_images_own_size():
+    pixel_mask = torch.ones(3, 64, 96)
+    pixel_mask[1:, 50:] = 0
+    given = [None, *ignore_masks((50, 96), (50, 96))]
+    assert predict(model(training=True), **batch_with(), pixel_mask=pixel_mask, ignore_masks=given).loss.isfinite()
+
+
+def test_ignore_masks_without_labels_mean_nothing():
+    outputs = predict(model(training=False), random_images(1), ignore_masks=[torch.ones(3, dtype=torch.bool)])
+    assert outputs.loss is None
+
+
 # ---------------------------------------------------------------------------------------------------------------------- values
 
 

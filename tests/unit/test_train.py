@@ -8,16 +8,12 @@ import torch
 
 from tests.factories import tiny_model
 from training.arguments import RecipeError, TrainingArguments
-from training.train import (
-    ShuffledEpochs,
-    complete_or_nothing,
-    format_line,
-    learning_rate_factor,
-    make_parameter_groups,
-    require_usable_folder,
-    sum_levels,
-    write_text,
-)
+from training.digit_scenes import DigitScenes
+from training.folders import complete_or_nothing, write_text
+from training.optimization import learning_rate_factor, make_parameter_groups, scaled_learning_rate
+from training.progress import format_line, list_levels
+from training.sampling import ShuffledEpochs, list_classes, list_repeats, repeat_factors
+from training.train import require_usable_folder
 
 
 def make_arguments(**settings):
@@ -87,7 +83,10 @@ def test_the_learning_rate_rises_in_equal_steps_until_warmup_ends():
 
 
 def test_every_image_comes_once_in_each_epoch_and_epochs_differ():
-    order = list(ShuffledEpochs(num_images=10, num_samples=25, seed=3))
+    positions = list(ShuffledEpochs(num_images=10, num_samples=25, seed=3))
+    assert [epoch for epoch, _, _ in positions] == [0] * 10 + [1] * 10 + [2] * 5
+    assert {repeat for _, _, repeat in positions} == {0}
+    order = [index for _, index, _ in positions]
     assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
     assert order[:10] != order[10:20]
     assert len(order) == len(set(order[20:])) + 20 == 25
@@ -98,10 +97,52 @@ def test_the_order_depends_on_the_seed_but_not_on_the_length_of_the_training():
     assert list(ShuffledEpochs(10, 10, seed=3)) != list(ShuffledEpochs(10, 10, seed=4))
 
 
-def test_losses_are_added_up_over_levels():
-    loss_dict = {"loss_mask": 1.0, "loss_mask_0": 2.0, "loss_mask_10": 4.0, "loss_pilot_mask_1": 8.0}
-    sums = sum_levels({name: torch.tensor(value) for name, value in loss_dict.items()})
-    assert {name: value.item() for name, value in sums.items()} == {"mask": 7.0, "pilot_mask": 8.0}
+def test_an_order_that_is_entered_anywhere_goes_on_as_it_would_have():
+    for repeats in (None, [1.0, 2.5, 1.25, 1.0, 3.0]):
+        whole = list(ShuffledEpochs(5, 40, seed=1, repeats=repeats))
+        for start in (0, 3, 5, 17, 39):
+            part = ShuffledEpochs(5, 40, seed=1, start=start, repeats=repeats)
+            assert list(part) == whole[start:]
+            assert len(part) == 40 - start
+
+
+def test_rare_classes_repeat_their_images_as_in_lvis():
+    # Class 0 is in all of 8 images, class 1 in two, class 2 in one; below a half of the images a class is rare.
+    images = [{0}] * 5 + [{0, 1}, {0, 1, 2}, {0}]
+    factors = repeat_factors([frozenset(image) for image in images], threshold=0.5)
+    assert factors == pytest.approx([1] * 5 + [math.sqrt(0.5 / (2 / 8)), math.sqrt(0.5 / (1 / 8)), 1])
+    assert repeat_factors([frozenset(), frozenset({0})], threshold=1.0)[0] == 1.0
+
+
+def test_a_part_of_a_repetition_is_drawn_in_each_epoch():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.zeros(3)
+    for _ in range(2000):
+        for index, repeat in list_repeats(torch.tensor([1.0, 2.3, 1.5]), generator):
+            assert repeat <= 2
+            counts[index] += 1
+    assert (counts / 2000).tolist() == pytest.approx([1, 2.3, 1.5], abs=0.04)
+
+
+def test_classes_are_counted_in_the_rows_unless_the_data_set_knows_them():
+    scenes = DigitScenes("train", image_size=64, num_images=4)
+    expected = [frozenset(scenes[index]["class_labels"].tolist()) for index in range(4)]
+    assert list_classes(scenes, is_shown=False) == expected
+    scenes.classes_of = lambda index: [index, index]
+    assert list_classes(scenes, is_shown=False) == [frozenset({index}) for index in range(4)]
+
+
+def test_losses_are_listed_level_by_level_with_the_last_one_last():
+    losses = {"loss_mask": 1.0, "loss_mask_0": 2.0, "loss_mask_10": 4.0, "loss_mask_9": 3.0, "loss_pilot_mask_1": 8.0}
+    assert list_levels(losses) == {"mask": [2.0, 3.0, 4.0, 1.0], "pilot_mask": [8.0]}
+
+
+def test_the_learning_rate_is_in_proportion_to_the_images_of_a_step():
+    arguments = make_arguments(learning_rate=1e-4, reference_batch_size=16)
+    assert scaled_learning_rate(arguments, 4) == pytest.approx(2.5e-5)
+    assert scaled_learning_rate(make_arguments(learning_rate=1e-4), 4) == 1e-4
+    groups = make_parameter_groups(tiny_model("resnet"), arguments, num_images=32)
+    assert sorted({group["lr"] for group in groups}) == pytest.approx([2e-5, 2e-4])
 
 
 def test_the_progress_bar_shows_the_losses_that_there_are():
