@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from mpformer_hf import MPFormerImageProcessor
 from training.arguments import TrainingArguments
@@ -21,7 +21,8 @@ from training.broken_images import SkippingBroken, skipped_of
 from training.compact_batches import CompactBatch, pack_batch, unpack_batch, unpack_ignore_masks
 from training.data import SegmentationDataset, SegmentationRow
 from training.evaluation import leave_stopping_to_parent
-from training.sampling import Position
+from training.sampling import Position, ShuffledEpochs
+from training.streaming_rows import StreamedRows, StreamOrder, is_stream
 
 Entry = TypeVar("Entry")
 TrainingBatch = dict[str, Any] | CompactBatch
@@ -41,23 +42,41 @@ class PositionedRows:
         return self.dataset[position[1]]
 
 
+def make_order(
+    dataset: SegmentationDataset,
+    arguments: TrainingArguments,
+    num_samples: int,
+    *,
+    start: int,
+    num_images: int | None,
+    repeats: Sequence[float] | None,
+) -> ShuffledEpochs | StreamOrder:
+    """Make the order of the images, see `ShuffledEpochs` and `StreamOrder`."""
+    if is_stream(dataset):
+        return StreamOrder(dataset, num_samples, arguments.seed, start=start, num_images=num_images)  # type: ignore[arg-type]
+    return ShuffledEpochs(len(dataset), num_samples, arguments.seed, start=start, repeats=repeats)
+
+
 def make_loader(
     dataset: SegmentationDataset,
     processor: MPFormerImageProcessor,
-    sampler: Sampler[Position],
+    sampler: ShuffledEpochs | StreamOrder,
     arguments: TrainingArguments,
     *,
     pin_memory: bool,
 ) -> DataLoader:
     """Make the loader of training batches."""
-    rows: PositionedRows | AugmentedDataset
-    dataset = SkippingBroken(dataset, arguments.max_broken_images)
-    if arguments.augmentation:
-        rows = AugmentedDataset(dataset, Augmentation.from_recipe(arguments.augmentation), arguments.seed)
-        collate: Any = partial(pack_batch, size_divisor=processor.size_divisor)
+    augmentation = Augmentation.from_recipe(arguments.augmentation) if arguments.augmentation else None
+    rows: PositionedRows | AugmentedDataset | StreamedRows
+    if is_stream(dataset):
+        rows = StreamedRows(dataset, augmentation, arguments.seed)
+    elif augmentation is not None:
+        rows = AugmentedDataset(SkippingBroken(dataset, arguments.max_broken_images), augmentation, arguments.seed)
     else:
-        rows = PositionedRows(dataset)
-        collate = partial(collate_for_training, processor=processor)
+        rows = PositionedRows(SkippingBroken(dataset, arguments.max_broken_images))
+    collate: Any = partial(collate_for_training, processor=processor)
+    if augmentation is not None:
+        collate = partial(pack_batch, size_divisor=processor.size_divisor)
     return DataLoader(
         rows,  # type: ignore[arg-type] # it needs no more than a length and rows
         batch_size=arguments.batch_size,

@@ -60,14 +60,14 @@ class Progress:
         step: optimiser steps that are done.
         samples: images that all processes together have taken from the data, repeated ones included.
         seconds: time of all the steps, in all sessions.
-        num_images: length of the data set, which the order of the images depends on.
+        num_images: length of the data set, which the order of the images depends on; `None` for a stream whose end was not seen.
         score: of the weights of this step, the higher the better; `None` if they were not scored.
     """
 
     step: int
     samples: int
     seconds: float
-    num_images: int
+    num_images: int | None
     score: float | None = None
 
 

@@ -24,7 +24,15 @@ from mpformer_hf.model_card import attach_card, training_card
 from mpformer_hf.model_inspection import CARD_FILE
 from training.arguments import TrainingArguments
 from training.averaging import WeightAverage, other_weights
-from training.batches import TrainingBatch, class_labels_of, in_groups, make_loader, model_inputs, skipped_in
+from training.batches import (
+    TrainingBatch,
+    class_labels_of,
+    in_groups,
+    make_loader,
+    make_order,
+    model_inputs,
+    skipped_in,
+)
 from training.checkpoints import (
     Checkpoint,
     CheckpointError,
@@ -61,6 +69,7 @@ from training.sharded_weights import (
 from training.sharing import push_folder
 from training.stop_vote import StopVote
 from training.stopping import Stopped, stop_signals
+from training.streaming_rows import StreamOrder, is_stream
 from training.training_record import record_training
 
 HOW_TO_BEGIN_ANEW = "To begin anew and remove it, pass --resume false; to keep it, choose another `output_dir`."
@@ -91,6 +100,7 @@ class TrainingRun:
     seconds: float = 0.0
     _optimizer: AcceleratedOptimizer = field(init=False)
     _progress: "TrainingProgress" = field(init=False)
+    _order: ShuffledEpochs | StreamOrder = field(init=False)
     _monitor: Monitor = field(init=False)
     _average: WeightAverage | None = field(init=False, default=None)
     _whole: Any = field(init=False, default=None)
@@ -182,11 +192,18 @@ class TrainingRun:
         """Make one pass through all batches that are left; each process gets every n-th of them."""
         arguments = self.arguments
         end = self.samples + (arguments.max_steps - self.step) * images_per_step(arguments, self.accelerator)
-        sampler = ShuffledEpochs(len(self.train_data), end, arguments.seed, start=self.samples, repeats=self.repeats)
+        self._order = make_order(
+            self.train_data,
+            arguments,
+            end,
+            start=self.samples,
+            num_images=self.checkpoint.progress.num_images if self.checkpoint else None,
+            repeats=self.repeats,
+        )
         loader = make_loader(
             self.train_data,
             self.processor,
-            sampler,
+            self._order,
             arguments,
             pin_memory=self.accelerator.device.type == "cuda",
         )
@@ -217,9 +234,10 @@ class TrainingRun:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         accelerator, progress = self.accelerator, checkpoint.progress
-        if progress.num_images != len(self.train_data):
+        num_images = None if is_stream(self.train_data) else len(self.train_data)
+        if num_images is not None and progress.num_images != num_images:
             raise ValueError(
-                f"it belongs to a training split of {progress.num_images} images, which has {len(self.train_data)} now"
+                f"it belongs to a training split of {progress.num_images} images, which has {num_images} now"
             )
         load_model_state(self.model, checkpoint.read_model(), accelerator)
         optimizer = checkpoint.read_optimizer()
@@ -261,7 +279,7 @@ class TrainingRun:
         if self._saved == (self.step, score):
             return
         state = TrainingState(
-            progress=Progress(self.step, self.samples, self.seconds, len(self.train_data), score),
+            progress=Progress(self.step, self.samples, self.seconds, self._order.num_images, score),
             settings=as_json(arguments.to_dict()),
             log=self.log,
             model=full_model_state(self.model, accelerator),
@@ -294,6 +312,11 @@ class TrainingRun:
         load_model_state(self.model, checkpoint.read_model(), self.accelerator)
         self._load_average(checkpoint)
         self.accelerator.print(f"The weights are those of step {best}, which have the best score.")
+
+    @property
+    def num_train_images(self) -> int:
+        """Images of the training split; of a stream that was not read to its end, those that were taken."""
+        return self._order.num_images or self.samples
 
     @property
     def learning_rate(self) -> float:
@@ -421,12 +444,13 @@ class TrainingRun:
         arguments, accelerator = self.arguments, self.accelerator
         parameters = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
         global_batch = images_per_step(arguments, accelerator)
+        images = "a stream of images" if is_stream(self.train_data) else f"{len(self.train_data)} images"
         scaled = ""
         if self.learning_rate != arguments.learning_rate:
             scaled = f" It is that of the recipe, {arguments.learning_rate:g} for {arguments.reference_batch_size} images, scaled."
         return (
             f"{parameters / 1e6:.2f} million parameters on {accelerator.num_processes} x {accelerator.device.type}, "
-            f"{len(self.train_data)} images of {arguments.dataset}, {arguments.max_steps} steps of {global_batch} "
+            f"{images} of {arguments.dataset}, {arguments.max_steps} steps of {global_batch} "
             "images, "
             f"learning rate {self.learning_rate:g} ({self.learning_rate * arguments.backbone_factor:g} in the backbone)."
             f"{scaled}"

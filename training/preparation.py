@@ -18,6 +18,7 @@ from training.monitor import live_folder
 from training.sampling import list_classes, repeat_factors
 from training.sharing import prepare_repository
 from training.starting_point import build_model, freeze
+from training.streaming_rows import KeptRows, is_stream
 from training.trackers import require_trackers, tracker_options
 
 FSDP_VERSION = 2
@@ -91,7 +92,7 @@ def load_data(arguments: TrainingArguments) -> tuple[SegmentationDataset, Segmen
                 arguments.dataset, "validation", **arguments.options_of("validation")
             )
     for data, split in ((train_data, "training"), (validation_data, "validation")):
-        if data is not None and len(data) == 0:
+        if data is not None and not is_stream(data) and len(data) == 0:
             raise RecipeError(f"The {split} split of {arguments.dataset} has no images.")
     if validation_data is not None and validation_data.id2label != train_data.id2label:
         differing = sorted(set(train_data.id2label.items()) ^ set(validation_data.id2label.items()))
@@ -99,6 +100,8 @@ def load_data(arguments: TrainingArguments) -> tuple[SegmentationDataset, Segmen
             f"The two splits of {arguments.dataset} have different classes, the first being {differing[0]}. Give both files the "
             "same list of classes, or set `evaluate: false`."
         )
+    if validation_data is not None and is_stream(validation_data):
+        validation_data = KeptRows(validation_data)
     return train_data, validation_data
 
 
@@ -108,6 +111,10 @@ def count_repeats(
     """How often each image comes in an epoch; `None` is once."""
     if arguments.repeat_threshold is None:
         return None
+    if is_stream(train_data):
+        raise RecipeError(
+            "`repeat_threshold` counts the classes of all images, which a stream does not know. Remove it."
+        )
     return repeat_factors(list_classes(train_data, is_shown=accelerator.is_main_process), arguments.repeat_threshold)
 
 

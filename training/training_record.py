@@ -63,7 +63,7 @@ def record_training(run: "TrainingRun", seconds: float, scores: Mapping[str, Any
         dataset=arguments.dataset,
         task=arguments.task,
         settings=hide_folders({k: v for k, v in arguments.to_dict().items() if k not in STATED_ELSEWHERE}),
-        num_train_images=len(run.train_data),
+        num_train_images=run.num_train_images,
         num_validation_images=0 if run.validation_data is None else len(run.validation_data),
         steps=run.step,
         images_per_step=images_per_step(arguments, accelerator),

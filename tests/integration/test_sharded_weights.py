@@ -36,7 +36,7 @@ from training.sharded_weights import (
 NUM_PROCESSES = 2
 SIZE = (64, 64)
 STEPS = ((1, 0, 5, 1), (4, 3, 0, 0))  # segments of the four images of each step; the first process has the first two
-LEAVES = ["Embedding", "Linear", "Conv2d", "LayerNorm", "GroupNorm", "CrossAttention"]
+LEAVES = ["Embedding", "CrossAttention", "LayerNorm"]
 TRAINED = ("class_predictor.weight", "model.transformer_module.queries_features.weight")
 ROUNDING = {"rtol": 1e-5, "atol": 1e-7}  # losses are in single precision
 
@@ -149,7 +149,7 @@ def run_process(rank: int, folder: Path) -> State:
     results["parts"] = sum(isinstance(module, FSDPModule) for module in training.model.modules())
     training.step(0, num_passes=2)
     results["after_first"] = training.gather()
-    training.step(1, num_passes=2)
+    training.step(1)
     results["after_second"] = training.gather()
     random_state = torch.get_rng_state()
     with training.average.used_by(accelerator.unwrap_model(training.model)):
@@ -164,7 +164,7 @@ def run_process(rank: int, folder: Path) -> State:
     results["other_parts"] = sum(isinstance(module, FSDPModule) for module in other.model.modules())
     other.load(torch.load(folder / "one_process.pt", weights_only=True))
     results["loaded"] = other.gather()
-    other.step(1, num_passes=2)
+    other.step(1)
     results["loaded_after_second"] = other.gather()
     return results
 
@@ -212,7 +212,7 @@ def test_the_model_really_lies_in_parts(two_processes: list[State]):
     for results in two_processes:
         assert results["class"] == "FSDPMPFormerForUniversalSegmentation"
         assert results["is_sharded"]
-        assert results["parts"] > 50  # every leaf: no weight is used outside of the call of its module
+        assert results["parts"] > 15  # leaves too: their weights are not used outside of the call of their module
         assert results["other_parts"] == 3  # backbone with pixel decoder, transformer decoder, the rest
 
 

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import datasets
 import pytest
+from PIL import Image
 
 from tests import data_folders
 from tests.integration.test_training import RECIPE
 from training.arguments import parse_arguments
+from training.preparation import prepare_run
+from training.stopping import Stopped
 from training.train import main, train
 
 WRITERS = {
@@ -110,3 +113,59 @@ def test_broken_images_are_passed_over_and_too_many_stop_the_run(recipe, tmp_pat
     assert "1 images cannot be read, and at most 0 may be passed over (`max_broken_images`)" in stop.value.code
     assert "Traceback" not in stop.value.code
     assert not (tmp_path / "other").exists()
+
+
+def test_a_stream_trains_and_goes_on_where_it_was(recipe, tmp_path):
+    features = datasets.Features(
+        {
+            "image": datasets.Image(),
+            "masks": datasets.List(datasets.Image()),
+            "labels": datasets.List(datasets.Value("int64")),
+        }
+    )
+    for split in ("train", "validation"):
+        rows = [scene.row for scene in data_folders.make_scenes(split, crowd=False)]
+        columns = [
+            {
+                "image": row["image"],
+                "masks": [Image.fromarray(mask) for mask in row["mask_labels"]],
+                "labels": row["class_labels"].tolist(),
+            }
+            for row in rows
+        ]
+        table = datasets.Dataset.from_list(columns, features=features)
+        table.to_parquet(tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    settings = {
+        "dataset": "hub_stream",
+        "dataset_options.path": tmp_path / "data",
+        "dataset_options.mask_form": "masks",
+        "dataset_options.mask_column": "masks",
+        "dataset_options.label_column": "labels",
+        "dataset_options.classes": "[digit, china, flower]",
+        "task": "semantic",
+        "batch_size": 2,
+        "evaluate": "false",
+        "warmup_steps": 0,
+    }
+    words = [str(recipe), *(word for name, value in settings.items() for word in (f"--{name}", str(value)))]
+    main([*words, "--max_steps", "4", "--output_dir", str(tmp_path / "whole")])
+
+    run = prepare_run(parse_arguments([*words, "--max_steps", "4", "--output_dir", str(tmp_path / "part")]))
+    stop_after(run, 2)
+    with pytest.raises(Stopped):
+        run.train_steps()
+    main([*words, "--max_steps", "4", "--output_dir", str(tmp_path / "part")])
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "part")]
+    assert weights[0] == weights[1]
+
+
+def stop_after(run, step):
+    """Let a run be stopped in order when it has taken a step."""
+    end_step = run._end_step
+
+    def end_and_stop():
+        end_step()
+        if run.step == step:
+            raise Stopped(15, in_order=True)
+
+    run._end_step = end_and_stop

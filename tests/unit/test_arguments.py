@@ -21,7 +21,7 @@ def write_recipe(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", sorted(ROOT.glob("training/recipes/digit_scenes/**/*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_valid(recipe):
+def test_every_recipe_of_digit_scenes_is_valid(recipe):
     assert parse_arguments([str(recipe)]).max_steps > 0
 
 
