@@ -29,7 +29,7 @@ STREAMED_IMAGES = 1000  # that are read of a stream, unless a limit is given
 REPORT_FILE, JSON_FILE, PICTURE_FILE = "report.txt", "report.json", "samples.png"
 EXAMPLES = f"""\
 what a recipe would train on; every key of a recipe is an option too, as of training.train:
-  {PROGRAM} training/recipes/_base/own_data/gpu_16gb.yaml --dataset_options.path data/own --output_dir outputs/own
+  {PROGRAM} training/recipes/own_data/instance/gpu_16gb.yaml --dataset_options.path data/own
 a folder or zip archive, whose format is found out:
   {PROGRAM} data/own --task instance
 another one, of which 500 images are read:

@@ -20,7 +20,9 @@ def write_recipe(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("recipe", sorted(ROOT.glob("training/recipes/digit_scenes/**/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "recipe", sorted(ROOT.glob("training/recipes/digit_scenes/**/*.yaml")), ids=lambda path: path.stem
+)
 def test_every_recipe_of_digit_scenes_is_valid(recipe):
     assert parse_arguments([str(recipe)]).max_steps > 0
 
@@ -118,7 +120,10 @@ def test_a_wrong_option_is_named(write_recipe, words, sentence):
         (["--warmup_steps", "21"], r"`warmup_steps` \(21\) must not be above `max_steps` \(20\)"),
         (["--schedule", "step"], "`schedule: step` needs `schedule_milestones`"),
         (["--schedule_milestones", "[3]"], "`schedule_milestones` belongs to `schedule: step`"),
-        (["--trackers", "tensorboard,abacus"], "`trackers` has no choice 'abacus'. Choices: tensorboard, trackio, wandb"),
+        (
+            ["--trackers", "tensorboard,abacus"],
+            "`trackers` has no choice 'abacus'. Choices: tensorboard, trackio, wandb",
+        ),
         (["--keep_best", "true"], "`keep_best` compares scores: set `evaluate: true` and `evaluation_steps` too"),
         (["--early_stopping", "2"], "`early_stopping` compares scores"),
         (["--push_to_hub", "evaluation"], "`push_to_hub: evaluation` needs"),

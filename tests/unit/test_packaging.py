@@ -32,6 +32,7 @@ EXTRAS_OF = {
 DISTRIBUTION_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 # Distribution that we import without declaring it -> the one of ours that requires it.
 BROUGHT_BY = {
+    "filelock": "huggingface-hub",
     "numpy": "transformers",
     "packaging": "transformers",
     "pillow": "torchvision",

@@ -165,7 +165,7 @@ def test_every_stage_runs_and_the_failed_one_is_named(installed_checkout):
     assert calls_of(installed_checkout, "ruff") == ["ruff check .", "ruff format --check ."]
     assert calls_of(installed_checkout, "mypy") == ["mypy "]
     assert calls_of(installed_checkout, "python -m pytest") == [
-        "python -m pytest --numprocesses 2 --durations=15 -m not slow"
+        "python -m pytest --numprocesses 2 --durations=15 -m not proof -m not slow"
     ]
 
 
