@@ -329,7 +329,7 @@ class TrainingRun:
         """Score the model on the validation data; `with_pictures` keeps what the monitor is going to draw."""
         assert self.validation_data is not None  # it is there with `evaluate` or `evaluation_steps`
         return evaluate_model(
-            self.model,
+            plain_model(self.model, self.accelerator),  # a model in parts would have to run on all processes at once
             self.processor,
             self.validation_data,
             self.accelerator,
