@@ -4,6 +4,7 @@ batches of a step ── forward and backward, each ── optimiser ── aver
 """
 
 import json
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -47,7 +48,7 @@ from training.checkpoints import (
 )
 from training.data import SegmentationDataset
 from training.evaluation import evaluate_model, format_scores, headlines
-from training.folders import AVERAGE_FOLDER, LOG_FILE, RECIPE_FILE, complete_or_nothing
+from training.folders import AVERAGE_FOLDER, LOG_FILE, RECIPE_FILE
 from training.monitor import Monitor, live_folder
 from training.optimization import (
     images_per_step,
@@ -79,9 +80,9 @@ HOW_TO_BEGIN_ANEW = "To begin anew and remove it, pass --resume false; to keep i
 class TrainingRun:
     """Everything that takes part in a training; `log` has a line for each interval and each evaluation.
 
-    `validation_data` is there if the model is scored. `repeats` says how often each image comes in an epoch. `repository` is on the Hub. `checkpoint` is where
-    the run goes on, and `step`, `samples` (images taken from the data, by all processes) and `seconds` say
-    how far it has come, earlier sessions included.
+    `validation_data` is there if the model is scored. `repeats` says how often each image comes in an epoch, `repository` where the
+    model goes on the Hub. `checkpoint` is where the run goes on, and `step`, `samples` (images taken from the data, by all processes)
+    and `seconds` (of steps, without evaluations) say how far it has come, earlier sessions included.
     """
 
     arguments: TrainingArguments
@@ -133,9 +134,10 @@ class TrainingRun:
     def _take_steps(self) -> None:
         """Train; a step that has ended is in the log, scored and in a checkpoint where that is due."""
         arguments, accelerator = self.arguments, self.accelerator
+        loader = self._make_loader()
         self._log_scores_if_due()  # of a step in whose evaluation the run was stopped
         clock = time.perf_counter()
-        batches = self._progress.time_waiting(self._make_loader())
+        batches = self._progress.time_waiting(loader)
         for group in in_groups(batches, arguments.gradient_accumulation_steps):
             if self._has_stopped_improving():
                 break
@@ -380,7 +382,10 @@ class TrainingRun:
         """Upload the model as it is, with these scores on its card."""
         self.gather()
         if self.accelerator.is_main_process and self.repository is not None:
-            with complete_or_nothing(live_folder(self.checkpoints) / "shared") as folder:
+            live = live_folder(self.checkpoints)
+            live.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".shared-", dir=live) as name:
+                folder = Path(name)
                 self.save(folder)
                 self.write_card(folder, self.seconds, scores)
                 message = f"After step {self.step} of {self.arguments.max_steps}"

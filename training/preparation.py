@@ -50,6 +50,9 @@ def prepare_run(arguments: TrainingArguments) -> TrainingRun:
     checkpoint = find_unfinished_run(arguments, checkpoints, accelerator)
     set_seed(arguments.seed)
     train_data, validation_data = load_data(arguments)
+    for data in (train_data, validation_data):
+        for note in getattr(data, "notes", ()):
+            accelerator.print(f"note: {note}")
     with blame_recipe("`augmentation` cannot be used"):
         if arguments.augmentation:
             Augmentation.from_recipe(arguments.augmentation)

@@ -13,6 +13,7 @@ import yaml
 
 from mpformer_hf.model_card import sign
 from tests.hub_server import HubServer
+from tests.integration.test_training import RECIPE
 
 ROOT = Path(__file__).parents[2]
 TOKENS = {"secret": "someone", "another": "stranger"}
@@ -204,3 +205,33 @@ def test_the_command_uploads_a_finished_training(story):
     assert re.search(r"^The model is at http://\S+/someone/by_hand/commit/\w+\.$", story.output, re.MULTILINE)
     assert "holds no trained model. Pass the output_dir" in story.found[str(story.folder.parent)]
     assert "no right to write to stranger/x" in story.found["stranger/x"]
+
+
+def test_a_training_uploads_its_model_at_each_evaluation_and_at_the_end(tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(RECIPE)
+    address = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "*", "HF_TOKEN": "secret"}
+    others = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    words = ["--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--push_to_hub", "evaluation"]
+    words += ["--evaluation_steps", "1", "--hub_model_id", "trained", "--model.num_queries", "4"]
+    with HubServer(tmp_path / "hub", TOKENS) as hub:
+        program = subprocess.run(
+            [sys.executable, "-m", "training.train", str(recipe), *words],
+            env=others | address | {"HF_ENDPOINT": hub.url, "OMP_NUM_THREADS": "1"},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert program.returncode == 0, program.stderr
+        titles = [commit.title for commit in hub.commits("someone/trained")]
+        files = hub.files("someone/trained")
+    assert [title for title in titles if title in ("After step 1 of 2", "Trained model")] in (
+        ["After step 1 of 2", "Trained model"],
+        ["Trained model", "After step 1 of 2"],
+    )
+    assert "someone/trained" in program.stdout
+    assert files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
+    assert b"| Steps | 2, of 2 images |" in files["README.md"]
+    assert not any(name.startswith(("pictures/", "shared", ".")) for name in files if name != ".gitattributes")
+    assert not any(path.name.startswith(".shared") for path in tmp_path.rglob("*"))
