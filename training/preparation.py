@@ -13,6 +13,7 @@ from training.arguments import FREE_WHEN_RESUMING, PARTS, RecipeError, TrainingA
 from training.augmentation import Augmentation
 from training.checkpoints import Checkpoint, CheckpointFolder, as_json, require_same_settings
 from training.data import SegmentationDataset, load_segmentation_dataset
+from training.deepspeed_state import configure_deepspeed, is_deepspeed
 from training.loop import HOW_TO_BEGIN_ANEW, TrainingRun
 from training.monitor import live_folder
 from training.sampling import list_classes, repeat_factors
@@ -42,6 +43,8 @@ def prepare_run(arguments: TrainingArguments) -> TrainingRun:
             ),
         )
     require_known_sharding(accelerator)
+    if is_deepspeed(accelerator):
+        configure_deepspeed(accelerator, arguments)
     repository = None
     if arguments.push_to_hub is not None:
         repository = prepare_repository(
@@ -142,7 +145,7 @@ def require_known_sharding(accelerator: Accelerator) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if kind == DistributedType.FSDP and plugin is not None and plugin.fsdp_version == FSDP_VERSION:
         return
-    if kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+    if kind in (DistributedType.FSDP, DistributedType.MEGATRON_LM):
         name = "the first version of FSDP" if kind == DistributedType.FSDP else kind.value
         raise RecipeError(
             f"Accelerate is configured for {name}, whose weights and optimiser lie in parts that checkpoints of this program cannot "

@@ -27,6 +27,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from training.deepspeed_state import gather_optimizer_state, is_deepspeed, load_optimizer_parts, refresh_optimizer
+
 WHOLE_ON_FIRST = StateDictOptions(full_state_dict=True, cpu_offload=True)
 WHOLE_ON_EACH = StateDictOptions(full_state_dict=True)
 
@@ -51,6 +53,8 @@ def full_optimizer_state(
 
     One that has made no step yet gets the state in which it begins.
     """
+    if is_deepspeed(accelerator):
+        return gather_optimizer_state(model, accelerator)
     network = accelerator.unwrap_model(model)
     return get_optimizer_state_dict(network, _unwrap_optimizer(optimizer), options=WHOLE_ON_FIRST)
 
@@ -97,12 +101,17 @@ def load_model_state(model: nn.Module, state: Mapping[str, Tensor], accelerator:
         RuntimeError: names or shapes are those of another model.
     """
     set_model_state_dict(accelerator.unwrap_model(model), dict(state), options=WHOLE_ON_EACH)
+    if is_deepspeed(accelerator):
+        refresh_optimizer(model)
 
 
 def load_optimizer_state(
     model: nn.Module, optimizer: Optimizer | AcceleratedOptimizer, state: dict[str, Any], accelerator: Accelerator
 ) -> None:
     """Set the state of an optimiser, whose groups hold the same parameters; as of `load_model_state`."""
+    if is_deepspeed(accelerator):
+        load_optimizer_parts(model, state)
+        return
     optimizer = _unwrap_optimizer(optimizer)
     tuples = {key for key, value in optimizer.param_groups[0].items() if isinstance(value, tuple)}
     set_optimizer_state_dict(accelerator.unwrap_model(model), optimizer, state, options=WHOLE_ON_EACH)

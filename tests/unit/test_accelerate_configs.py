@@ -4,6 +4,7 @@ import importlib.machinery
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -19,7 +20,8 @@ from accelerate.utils import (
 
 from mpformer_hf import modeling_mpformer
 from tests.factories import tiny_model
-from training.arguments import FIELDS
+from training.arguments import RecipeError, TrainingArguments
+from training.deepspeed_state import configure_deepspeed
 
 FOLDER = Path(__file__).parents[2] / "training" / "accelerate"
 FILES = sorted(FOLDER.glob("*.yaml"))
@@ -30,7 +32,6 @@ KINDS = {
     "multi_node": DistributedType.MULTI_GPU,
     "fsdp": DistributedType.FSDP,
     "deepspeed_zero2": DistributedType.DEEPSPEED,
-    "deepspeed_zero3": DistributedType.DEEPSPEED,
 }
 
 
@@ -108,13 +109,28 @@ def test_fsdp_is_of_the_second_version_and_wraps_parts_of_our_model(launched):
     assert len(parts) == len(names) == 2
 
 
-@pytest.mark.parametrize(("name", "stage"), [("deepspeed_zero2", 2), ("deepspeed_zero3", 3)])
-def test_deepspeed_clips_and_accumulates_as_recipes_do_by_default(launched, name, stage):
-    launched(name)
-    config = DeepSpeedPlugin().deepspeed_config
-    assert config["zero_optimization"]["stage"] == stage
-    assert config["gradient_clipping"] == FIELDS["max_gradient_norm"].default
-    assert config["gradient_accumulation_steps"] == FIELDS["gradient_accumulation_steps"].default
+@pytest.mark.parametrize(("max_gradient_norm", "clipping"), [(0.25, 0.25), (None, 0.0)])
+def test_deepspeed_clips_and_accumulates_as_the_recipe_says(launched, max_gradient_norm, clipping):
+    launched("deepspeed_zero2")
+    plugin = DeepSpeedPlugin()
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    settings = {"batch_size": 3, "gradient_accumulation_steps": 5, "max_gradient_norm": max_gradient_norm}
+    arguments = TrainingArguments(output_dir="unused", max_steps=100, model_name_or_path="unused", **settings)
+    configure_deepspeed(accelerator, arguments)
+    config = plugin.deepspeed_config
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["gradient_clipping"] == clipping
+    assert config["gradient_accumulation_steps"] == 5
+    assert config["train_micro_batch_size_per_gpu"] == 3
+
+
+def test_the_third_stage_of_deepspeed_is_refused(launched):
+    launched("deepspeed_zero2")
+    accelerator = SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=DeepSpeedPlugin(zero_stage=3)))
+    with pytest.raises(RecipeError, match="`zero_stage` is 3"):
+        configure_deepspeed(
+            accelerator, TrainingArguments(output_dir="unused", max_steps=100, model_name_or_path="unused")
+        )
 
 
 def test_the_folder_does_not_hide_the_library():

@@ -23,10 +23,10 @@ OWN = {"mpformer_hf", "training", "conversion", "benchmarks", "tests"}
 # Folder -> extras that its code may rely on, besides the package's own dependencies.
 EXTRAS_OF = {
     "mpformer_hf": (),
-    "training": ("train", "trackers"),
+    "training": ("train", "trackers", "deepspeed"),
     "conversion": ("train",),
     "benchmarks": ("train", "dev"),
-    "tests": ("train", "trackers", "kernels", "dev"),
+    "tests": ("train", "trackers", "deepspeed", "kernels", "dev"),
 }
 # Import name -> distribution, where they differ.
 DISTRIBUTION_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
