@@ -412,7 +412,7 @@ def mistake(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["--dataset", "coco"], "--dataset must be one of digit_scenes, got 'coco'."),
+        (["--dataset", "coco"], "--dataset must be one of digit_scenes, auto, coco_instances"),
         (["--task", "instance", "--tta"], "--tta averages the class scores of semantic maps; instance segments of"),
         (["--boundary"], "--boundary is for --task instance and semantic"),
         (

@@ -40,7 +40,7 @@ LEAVES = ["Embedding", "CrossAttention", "LayerNorm"]
 TRAINED = ("class_predictor.weight", "model.transformer_module.queries_features.weight")
 ROUNDING = {"rtol": 1e-5, "atol": 1e-7}  # losses are in single precision
 
-pytestmark = [pytest.mark.slow, needs_gloo]
+pytestmark = [pytest.mark.slow, pytest.mark.proof, needs_gloo]
 
 State = dict[str, Any]
 

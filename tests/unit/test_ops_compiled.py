@@ -251,6 +251,7 @@ def test_a_library_of_another_interface_is_refused(tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.proof
 def test_random_shapes_are_right_and_clean_under_sanitizers(tmp_path: Path):
     """Each array is an allocation of its own: a read or write beside it, or one off its alignment, ends the process."""
     if shutil.which("g++") is None or shutil.which("gcc") is None:

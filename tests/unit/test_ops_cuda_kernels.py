@@ -557,7 +557,8 @@ def test_emulation_notices_missing_barriers(tmp_path: Path) -> None:
 
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("architecture", [pytest.param(75, id="sm_75", marks=pytest.mark.proof), ARCHITECTURES[1]])
+@pytest.mark.proof
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_random_shapes_are_right_and_clean_under_sanitizers(tmp_path: Path, architecture: int) -> None:
     """Each array is an allocation of its own: a read or write beside it, or one off its alignment, ends the process."""
     program = tmp_path / "fuzz"
