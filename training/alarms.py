@@ -50,6 +50,8 @@ PATIENCE = {"waiting": 3, "stability": 3, "copying": 3, "gradients": 2, "blind":
 
 Facts = Mapping[str, Any]
 
+KEPT_COUNTERS = ("broken_images",)  # counted by the training, whose checkpoints keep it
+
 
 class Alarms:
     """Watches a training; one instance a run, on the first process.
@@ -136,10 +138,10 @@ class Alarms:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the state of an earlier session. Its counters begin at 0 in this one, as those of the model do."""
+        """Go on with the state of an earlier session. Counters of the model begin at 0 in this one."""
         self._last_seen = dict(state["last_seen"])
         self._in_a_row = dict(state["in_a_row"])
-        self._counts = {}
+        self._counts = {name: count for name, count in state["counts"].items() if name in KEPT_COUNTERS}
         self._highest_ratio = state["highest_ratio"]
 
     # Each check returns a sentence, "" if all is well, or None if it knows nothing.

@@ -287,6 +287,7 @@ FREE_WHEN_RESUMING = (
     "evaluation_steps",
     "evaluation_batch_size",
     "early_stopping",
+    "keep_best",
     "save_average",
     "trackers",
     "push_to_hub",

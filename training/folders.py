@@ -39,6 +39,12 @@ def replace_folder(folder: Path, complete: Path) -> None:
         shutil.rmtree(previous, ignore_errors=True)  # also that of a run that was killed here
 
 
+def make_folder(folder: Path) -> Path:
+    """Make a folder, unless it is there, and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file that is complete whenever it is there."""
     unfinished = path.with_name(f".{path.name}.unfinished")

@@ -4,6 +4,7 @@ batches of a step ── forward and backward, each ── optimiser ── aver
 """
 
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -48,7 +49,7 @@ from training.checkpoints import (
 )
 from training.data import SegmentationDataset
 from training.evaluation import evaluate_model, format_scores, headlines
-from training.folders import AVERAGE_FOLDER, LOG_FILE, RECIPE_FILE
+from training.folders import AVERAGE_FOLDER, LOG_FILE, RECIPE_FILE, make_folder, write_text
 from training.monitor import Monitor, live_folder
 from training.optimization import (
     images_per_step,
@@ -56,6 +57,7 @@ from training.optimization import (
     make_parameter_groups,
     scaled_learning_rate,
 )
+from training.optional_work import optional_work
 from training.progress import TrainingProgress
 from training.sampling import ShuffledEpochs
 from training.sharded_weights import (
@@ -82,7 +84,8 @@ class TrainingRun:
 
     `validation_data` is there if the model is scored. `repeats` says how often each image comes in an epoch, `repository` where the
     model goes on the Hub. `checkpoint` is where the run goes on, and `step`, `samples` (images taken from the data, by all processes)
-    and `seconds` (of steps, without evaluations) say how far it has come, earlier sessions included.
+    and `seconds` (of steps, without evaluations) say how far it has come, earlier sessions included. `best_step` is that of the
+    weights, if they are not those of the last step.
     """
 
     arguments: TrainingArguments
@@ -99,6 +102,7 @@ class TrainingRun:
     step: int = 0
     samples: int = 0
     seconds: float = 0.0
+    best_step: int | None = None
     _optimizer: AcceleratedOptimizer = field(init=False)
     _progress: "TrainingProgress" = field(init=False)
     _order: ShuffledEpochs | StreamOrder = field(init=False)
@@ -160,6 +164,8 @@ class TrainingRun:
             self.log += lines
             self._end_step()
             clock = time.perf_counter()
+        for _ in range(2):  # of several processes, the answer to the last question comes with the next
+            stop_signals.check()
 
     def _run(self, batch: TrainingBatch, counts: GlobalBatch | None) -> None:
         """Run one batch forward and backward; with the last one of a step the optimiser goes on.
@@ -183,12 +189,13 @@ class TrainingRun:
 
     def _end_step(self) -> None:
         """Score, write a checkpoint, and stop, each when it is time for it."""
+        is_due = bool(self.arguments.save_every and self.step % self.arguments.save_every == 0)
+        if is_due:
+            self._save_checkpoint()  # scoring may fail
         self._log_scores_if_due()
-        if self.arguments.save_every and self.step % self.arguments.save_every == 0:
-            self._save_checkpoint()
+        if is_due:
+            self._save_checkpoint()  # with the score, if there is one
         stop_signals.check()
-        if self.step == self.arguments.max_steps:
-            stop_signals.check()  # of several processes, the answer to the last question comes with the next
 
     def _make_loader(self) -> DataLoader:
         """Make one pass through all batches that are left; each process gets every n-th of them."""
@@ -222,6 +229,8 @@ class TrainingRun:
         """Take up the run where its checkpoint left it, if there is one."""
         if self.accelerator.is_main_process and not self.arguments.resume:
             self.checkpoints.remove()
+        if self.accelerator.is_main_process and self.checkpoint is None:
+            shutil.rmtree(live_folder(self.checkpoints), ignore_errors=True)  # of a run without any checkpoint
         step = 0 if self.checkpoint is None else self.checkpoint.progress.step
         folder = live_folder(self.checkpoints)
         self._monitor = Monitor(self.arguments, self.accelerator, folder, self.validation_data, step)
@@ -243,7 +252,10 @@ class TrainingRun:
             )
         load_model_state(self.model, checkpoint.read_model(), accelerator)
         optimizer = checkpoint.read_optimizer()
+        rates = [group["initial_lr"] for group in self._optimizer.param_groups]
         load_optimizer_state(self.model, self._optimizer, optimizer["optimizer"], accelerator)
+        for group, rate in zip(self._optimizer.param_groups, rates, strict=True):
+            group["initial_lr"] = rate  # for the number of images that a step has now
         if accelerator.scaler is not None and optimizer["scaler"] is not None:
             accelerator.scaler.load_state_dict(optimizer["scaler"])
         self._load_average(checkpoint)
@@ -270,7 +282,7 @@ class TrainingRun:
             return text
         return (
             f"{text} It was written by {before} processes, and there are {now} now: a step has "
-            f"{images_per_step(self.arguments, self.accelerator)} images from here on, the learning rate stays as it is, "
+            f"{images_per_step(self.arguments, self.accelerator)} images from here on, the learning rate is {self.learning_rate:g}, "
             "and random numbers are not those of an uninterrupted run."
         )
 
@@ -303,6 +315,7 @@ class TrainingRun:
         """Take the weights of the best score, if those of the last step are not."""
         scores = self._scores_of_steps()
         best = max(scores, key=lambda step: (scores[step], step))
+        self.best_step = best
         if best == self.step:
             return
         checkpoint = self.checkpoints.find_step(best)
@@ -352,7 +365,8 @@ class TrainingRun:
         arguments, step = self.arguments, self.step
         if not arguments.evaluation_steps or step == 0 or step in self._scores_of_steps():
             return
-        is_last = step == arguments.max_steps  # it is scored after the training, and before only to be compared
+        # With `evaluate` it is scored after the training, and before only to be compared.
+        is_last = step == arguments.max_steps and arguments.evaluate
         if arguments.keep_best if is_last else step % arguments.evaluation_steps == 0:
             self._log_scores()
             self._progress.restart_clock()
@@ -383,13 +397,16 @@ class TrainingRun:
         self.gather()
         if self.accelerator.is_main_process and self.repository is not None:
             live = live_folder(self.checkpoints)
-            live.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".shared-", dir=live) as name:
+            with (
+                optional_work("The model cannot be uploaded"),
+                tempfile.TemporaryDirectory(prefix=".shared-", dir=make_folder(live)) as name,
+            ):
                 folder = Path(name)
                 self.save(folder)
                 self.write_card(folder, self.seconds, scores)
                 message = f"After step {self.step} of {self.arguments.max_steps}"
                 push_folder(folder, self.repository, self.arguments.hub_private, message, is_last=False)
+        self._whole = self._whole_average = None
         self.accelerator.wait_for_everyone()
 
     def finish(self, output_dir: Path, scores: Mapping[str, Any] | None) -> None:
@@ -399,6 +416,8 @@ class TrainingRun:
             line = {"step": self.step, "seconds": self.seconds, "scores": headlines(self.arguments.task, scores)}
             log.append(line)
             self._monitor.see_scores(line, log)
+            if self.accelerator.is_main_process:
+                write_text(output_dir / LOG_FILE, lines_of(log))
         self._monitor.finish(log, output_dir)
         if self.accelerator.is_main_process and self.repository is not None:
             url = push_folder(output_dir, self.repository, self.arguments.hub_private, "Trained model")
@@ -435,7 +454,7 @@ class TrainingRun:
                 self._whole.save_pretrained(folder / AVERAGE_FOLDER)
             self.processor.save_pretrained(folder / AVERAGE_FOLDER)
         self.arguments.save(folder / RECIPE_FILE)
-        (folder / LOG_FILE).write_text("".join(f"{json.dumps(line)}\n" for line in self.log), encoding="utf-8")
+        write_text(folder / LOG_FILE, lines_of(self.log))
 
     def write_card(self, folder: Path, seconds: float, scores: Mapping[str, Any] | None = None) -> None:
         """Write README.md, a model card with what was set and measured; one that a person has written stays."""
@@ -460,3 +479,8 @@ class TrainingRun:
             f"learning rate {self.learning_rate:g} ({self.learning_rate * arguments.backbone_factor:g} in the backbone)."
             f"{scaled}"
         )
+
+
+def lines_of(log: Sequence[Mapping[str, Any]]) -> str:
+    """Write a log, one line of JSON for each of its lines."""
+    return "".join(f"{json.dumps(line)}\n" for line in log)

@@ -11,6 +11,7 @@ from torch import nn
 from mpformer_hf import MPFormerForUniversalSegmentation, MPFormerImageProcessor
 from training.arguments import FREE_WHEN_RESUMING, PARTS, RecipeError, TrainingArguments
 from training.augmentation import Augmentation
+from training.broken_images import SkippingBroken
 from training.checkpoints import Checkpoint, CheckpointFolder, as_json, require_same_settings
 from training.data import SegmentationDataset, load_segmentation_dataset
 from training.deepspeed_state import configure_deepspeed, is_deepspeed
@@ -33,7 +34,7 @@ def prepare_run(arguments: TrainingArguments) -> TrainingRun:
     """
     require_trackers(arguments.trackers)
     checkpoints = CheckpointFolder(arguments.output_dir)
-    with blame_recipe("`mixed_precision` cannot be used here"):
+    with blame_recipe(f"Accelerate cannot begin (`mixed_precision: {arguments.mixed_precision}`)"):
         accelerator = Accelerator(
             mixed_precision=arguments.mixed_precision,
             **tracker_options(arguments.trackers, live_folder(checkpoints)),
@@ -97,6 +98,8 @@ def load_data(arguments: TrainingArguments) -> tuple[SegmentationDataset, Segmen
             validation_data = load_segmentation_dataset(
                 arguments.dataset, "validation", **arguments.options_of("validation")
             )
+        if validation_data is not None and is_stream(validation_data):
+            validation_data = KeptRows(validation_data)
     for data, split in ((train_data, "training"), (validation_data, "validation")):
         if data is not None and not is_stream(data) and len(data) == 0:
             raise RecipeError(f"The {split} split of {arguments.dataset} has no images.")
@@ -106,8 +109,6 @@ def load_data(arguments: TrainingArguments) -> tuple[SegmentationDataset, Segmen
             f"The two splits of {arguments.dataset} have different classes, the first being {differing[0]}. Give both files the "
             "same list of classes, or set `evaluate: false`."
         )
-    if validation_data is not None and is_stream(validation_data):
-        validation_data = KeptRows(validation_data)
     return train_data, validation_data
 
 
@@ -121,7 +122,8 @@ def count_repeats(
         raise RecipeError(
             "`repeat_threshold` counts the classes of all images, which a stream does not know. Remove it."
         )
-    return repeat_factors(list_classes(train_data, is_shown=accelerator.is_main_process), arguments.repeat_threshold)
+    data = SkippingBroken(train_data, arguments.max_broken_images)
+    return repeat_factors(list_classes(data, is_shown=accelerator.is_main_process), arguments.repeat_threshold)
 
 
 def find_unfinished_run(
@@ -135,7 +137,10 @@ def find_unfinished_run(
     checkpoint = checkpoints.find_together(accelerator) if arguments.resume else None
     if checkpoint is not None:
         way_out = f"Go on with the settings from before. {HOW_TO_BEGIN_ANEW}"
-        require_same_settings(checkpoint, as_json(arguments.to_dict()), FREE_WHEN_RESUMING, way_out)
+        compares = arguments.keep_best or arguments.early_stopping is not None
+        # Scores of averages and of weights cannot be compared.
+        free = [name for name in FREE_WHEN_RESUMING if not (compares and name == "save_average")]
+        require_same_settings(checkpoint, as_json(arguments.to_dict()), free, way_out)
     return checkpoint
 
 

@@ -35,6 +35,7 @@ def summarise(
         "scores": name_classes(scores, names),
         **average,
         "steps": run.step,
+        "weights_of_step": run.best_step or run.step,
         "training_seconds": round(run.seconds, 1),
         "num_processes": run.accelerator.num_processes,
         "device": run.accelerator.device.type,
